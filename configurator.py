@@ -1,0 +1,346 @@
+"""
+From the command line to a ready process. Three things that every script shares:
+
+configure(globals())  overrides a script's settings, its public module globals:
+    python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
+setup(...)            picks device, dtype and process group, and returns them as a Run
+fail(...)             ends the process with one clear line
+
+The only file that knows torchrun's environment variables.
+"""
+import ast
+import contextlib
+import difflib
+import hashlib
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+def fail(*problems, code=2):
+    """Print one `error: ` line per problem on stderr and exit; 2 is the user's mistake, 1 the machine's.
+
+    Under torchrun all ranks find the same mistake. Rank 0 speaks; torchrun then ends the others while
+    they wait here. One that is still alive after the wait has found something that rank 0 has not.
+    """
+    prefix = ''
+    if rank := int(os.environ.get('RANK', 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        prefix = f'rank {rank}: '
+    sys.stdout.flush()
+    for problem in problems:
+        print(f'error: {prefix}{problem}', file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+# -----------------------------------------------------------------------------
+# configure: settings are module globals, overridden by config files and --key=value
+
+BOOLS = {'True': True, 'true': True, 'False': False, 'false': False}
+
+
+def is_key(name, value):
+    return not name.startswith('_') and not name.isupper() and type(value) in (int, float, bool, str)
+
+
+def convert(key, value, default):
+    """Return `value` as the type of `default`; a str `value` is taken as text. ValueError says the rule."""
+    if isinstance(value, str) and type(default) is not str:  # from the command line, or quoted in a file
+        text = value
+        try:
+            value = BOOLS.get(text) if type(default) is bool else float(text)
+            if type(default) is int and re.fullmatch(r'[+-]?\d+', text):
+                value = int(text)  # not through float, which is exact only up to 2**53
+        except ValueError:
+            value = None
+        if value is None:
+            value = text
+    if type(default) is bool and type(value) is bool:
+        return value
+    if type(default) is int and type(value) in (int, float) and value == value // 1:
+        return int(value)
+    if type(default) is float and type(value) in (int, float):
+        return float(value)
+    if type(default) is str and type(value) is str:
+        return BOOLS.get(value, value) if default == 'auto' else value
+    if default == 'auto' and type(value) is bool:
+        return value
+    rule = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}[type(default)]
+    raise ValueError(f'{key}={value!r}: {key} is {rule}')
+
+
+def configure(namespace, argv=None, saved=None):
+    """Override the settings in `namespace` (a script's globals()) and return all of them as a dict.
+
+    A setting, or key, is a public lower-case global of type int, float, bool or str. Arguments are taken in
+    order and a later one wins: a config file (plain Python that assigns keys, and can read their present
+    values) or `--key=value`. Values keep the default's type. `saved` holds settings, of a checkpoint, say,
+    that apply before all arguments. Every problem is reported, then the process exits with code 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    script = namespace['__file__']
+    # a second call starts from the defaults again
+    defaults = namespace.setdefault('_defaults', {k: v for k, v in namespace.items() if is_key(k, v)})
+    config = dict(defaults)
+    config.update((k, v) for k, v in (saved or {}).items() if k in defaults)
+    if '--help' in argv or '-h' in argv:
+        print_help(script, defaults)
+        raise SystemExit(0)
+
+    problems = []
+
+    def override(key, value, origin):
+        if key not in defaults:
+            nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
+            problems.append(f"{origin}unknown key '{key}': did you mean '{nearest}'? (--help lists all keys)")
+            return
+        try:
+            config[key] = convert(key, value, defaults[key])
+        except ValueError as e:
+            problems.append(f'{origin}{e}')
+
+    for arg in argv:
+        if arg.startswith('-'):
+            key, equals, text = arg.removeprefix('--').partition('=')
+            if not arg.startswith('--') or not equals:
+                problems.append(f"'{arg}': write settings as --key=value")
+            else:
+                override(key, text, '')
+            continue
+        # a config file: where the user stands, else beside the script
+        path = arg if os.path.isfile(arg) else os.path.join(os.path.dirname(os.path.abspath(script)), arg)
+        if not os.path.isfile(path):
+            problems.append(f"no config file '{arg}' (settings are written --key=value)")
+            continue
+        scratch = dict(config, __file__=path, __name__='config')
+        try:
+            with open(path, encoding='utf-8') as f:
+                exec(compile(f.read(), path, 'exec'), scratch)
+        except Exception as e:
+            line = e.lineno if isinstance(e, SyntaxError) else e.__traceback__.tb_next.tb_lineno \
+                if e.__traceback__.tb_next else 0
+            problems.append(f'{arg}, line {line}: {type(e).__name__}: {e}')
+            continue
+        for key, value in scratch.items():
+            # imports and functions that the file uses are its own business
+            private = key.startswith('_') or callable(value) or type(value) is type(sys)
+            if key in defaults or not private:
+                override(key, value, f'{arg}: ')
+    if problems:
+        fail(*problems)
+    namespace.update(config)
+    return config
+
+
+def print_help(script, defaults):
+    """Print every key with its default and the comment beside it, under the headings of the source."""
+    print((ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or '') + '\n')
+    print(f'usage: python {os.path.basename(script)} [config.py ...] [--key=value ...]')
+
+    def print_file(path):
+        with open(path, encoding='utf-8') as f:
+            source = f.read()
+        lines = source.split('\n')
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == '*':  # bench.py has train.py's keys too
+                print_file(os.path.join(os.path.dirname(path), node.module + '.py'))
+            if not isinstance(node, ast.Assign) or getattr(node.targets[0], 'id', None) not in defaults:
+                continue
+            above = lines[node.lineno - 2]
+            if above.startswith('# ') and '----' not in above:
+                print(f'\n{above}')
+            key = node.targets[0].id
+            comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().removeprefix('#').strip()
+            print(f'  --{key}={defaults[key]!s:<{max(1, 28 - len(key))}} {comment}')
+    print_file(os.path.abspath(script))
+
+
+# -----------------------------------------------------------------------------
+# setup: what the machine gives
+
+@dataclass
+class Run:
+    """A ready process: where it computes, in what precision, and which of how many it is."""
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products; parameters stay in float32
+    compile: bool
+    rank: int  # among all processes
+    local_rank: int  # among those of this node
+    world_size: int
+    seed: int
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, *args):
+        """Print on rank 0 only, at once."""
+        if self.is_main:
+            print(*args, flush=True)
+
+    def autocast(self):
+        """A context in which matrix products run in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sync(self):
+        """Wait for the device, where it works asynchronously; a clock read before is too early."""
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        elif self.device.type == 'mps':
+            torch.mps.synchronize()
+
+    def derive_seed(self, stream, *index):
+        """A seed that depends on the run's seed, the name of a stream and an index within it, only.
+
+        Streams ('train', 'dropout', 'sample', ...) never share random numbers, and nothing has to be
+        saved to repeat them.
+        """
+        digest = hashlib.sha256(repr((self.seed, stream, *index)).encode()).digest()
+        return int.from_bytes(digest[:4], 'little')  # torch's CPU generator uses 32 bits of a seed
+
+    def generator(self, stream, *index, device='cpu'):
+        """A torch.Generator seeded by derive_seed."""
+        return torch.Generator(device).manual_seed(self.derive_seed(stream, *index))
+
+    def all_reduce(self, tensor):
+        """Sum `tensor` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def pick_device(device):
+    """--device > env TORCH_DEVICE > cuda > mps > cpu."""
+    origin = f'--device={device}'
+    if device == 'auto' and os.environ.get('TORCH_DEVICE'):
+        device = os.environ['TORCH_DEVICE']
+        origin = f'TORCH_DEVICE={device}'
+    if device == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', device):
+        fail(f'{origin}: device is one of auto, cpu, cuda, cuda:N, mps')
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        fail(f'{origin}: torch sees no CUDA device here, use --device=cpu')
+    if ':' in device and int(device[5:]) >= torch.cuda.device_count():
+        fail(f'{origin}: this machine has {torch.cuda.device_count()} CUDA device(s)')
+    if device == 'mps' and not torch.backends.mps.is_available():
+        fail(f'{origin}: torch sees no MPS device here, use --device=cpu')
+    return device
+
+
+def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337):
+    """Return the Run for these settings, after one printed line that says what is used.
+
+    device: auto | cpu | cuda | cuda:N | mps. dtype: auto | float32 | bfloat16 | float16.
+    compile: auto | True | False. backend of torch.distributed: auto | nccl | gloo.
+    'auto' chooses for the machine; anything else is done, or refused with exit code 2. One process, or one of
+    many under torchrun.
+    """
+    rank, local_rank, world_size, local_world_size = (
+        int(os.environ.get(name, default)) for name, default in
+        [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)])
+    device = pick_device(device)
+    kind = device.split(':')[0]
+
+    if world_size > 1:
+        if kind == 'mps' or ':' in device:
+            fail(f'device={device} is for one process: under torchrun use --device=cuda or --device=cpu')
+        if kind == 'cuda':
+            if local_rank >= torch.cuda.device_count():
+                fail(f'{local_world_size} processes on this node but {torch.cuda.device_count()} CUDA device(s): '
+                     'start fewer (--nproc_per_node) or use --device=cpu')
+            device = f'cuda:{local_rank}'
+        if backend == 'auto':
+            backend = 'nccl' if kind == 'cuda' else 'gloo'
+        if backend not in ('nccl', 'gloo'):
+            fail(f'backend={backend}: backend is one of auto, nccl, gloo')
+        if backend == 'nccl' and kind != 'cuda':
+            fail('backend=nccl needs CUDA devices, use --backend=gloo')
+    device = torch.device(device)
+    if kind == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
+    if kind == 'cpu' and local_world_size > 1 and os.environ.get('OMP_NUM_THREADS') == '1':
+        # torchrun's own default is one thread a process; share all cores instead
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size)
+                              if hasattr(os, 'sched_getaffinity') else 1)
+
+    if dtype == 'auto':
+        if kind == 'cuda':
+            # including_emulation=False: Volta and Turing can only emulate bfloat16, slowly
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        elif kind == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+            dtype = 'bfloat16'  # native bf16 dot products: several times float32's speed
+        else:
+            dtype = 'float32'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        fail(f'dtype={dtype}: dtype is one of auto, float32, bfloat16, float16')
+    if dtype == 'bfloat16' and kind == 'cuda' and not torch.cuda.is_bf16_supported():
+        fail(f'dtype=bfloat16: {torch.cuda.get_device_name()} does not support it, use --dtype=float16')
+    if compile not in ('auto', True, False):
+        fail(f'compile={compile}: compile is one of auto, True, False')
+    if compile == 'auto':
+        compile = kind == 'cuda'  # on a CPU it costs half a minute and gains little
+
+    if world_size > 1:
+        dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+    torch.manual_seed(seed)
+    run = Run(device, getattr(torch, dtype), compile, rank, local_rank, world_size, seed)
+    name = torch.cuda.get_device_name() if kind == 'cuda' else \
+        f'{torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)}' if kind == 'cpu' else 'Apple GPU'
+    run.print(f'using device={device} ({name}), dtype={dtype}, compile={compile}, '
+              + (f'{world_size} processes (backend={backend})' if world_size > 1 else '1 process'))
+    return run
+
+
+# dense peak TFLOP/s from the vendors' datasheets: (bfloat16 and float16, float32 with TF32 where there is TF32);
+# the first name that occurs in the device's name counts
+GPU_PEAK_TFLOPS = {
+    'GB200': (2500, 1250), 'B200': (2250, 1125), 'H100 PCIe': (756, 378), 'H100 NVL': (835, 417.5),
+    'H100': (989, 494.5), 'H200': (989, 494.5), 'GH200': (989, 494.5), 'A100': (312, 156), 'A40': (149.7, 74.8),
+    'A10G': (70, 35), 'L40S': (362, 183), 'L4': (121, 60), 'V100': (125, 15.7), 'T4': (65, 8.1),
+    'RTX 4090': (165.2, 82.6), 'RTX 3090': (71, 35.6), 'A6000': (154.8, 77.4),
+}
+
+
+def peak_flops(run):
+    """Peak FLOP/s of one process's device in run.dtype, or None where it is not known.
+
+    A GPU's is from the table above; a CPU's, and MPS's, is what one large matrix product reaches here, in
+    about 0.2 s.
+    """
+    if run.device.type == 'cuda':
+        name = torch.cuda.get_device_name(run.device)
+        for key, (half, single) in GPU_PEAK_TFLOPS.items():
+            if re.search(rf'\b{key}\b', name):
+                return 1e12 * (single if run.dtype == torch.float32 else half)
+        return None
+    n = 1536
+    x = torch.randn(n, n, device=run.device, dtype=run.dtype)
+    layer = torch.nn.Linear(n, n, bias=False, device=run.device, dtype=run.dtype)
+    best = float('inf')
+    with torch.no_grad():
+        for _ in range(5):
+            run.sync()
+            t0 = time.perf_counter()
+            layer(x)
+            run.sync()
+            best = min(best, time.perf_counter() - t0)
+    return 2 * n**3 / best

@@ -1,0 +1,298 @@
+"""
+GPT-2 and its modern variants: the configuration, the layers, the key-value cache and the model.
+
+    model = GPT(GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384))
+    logits, loss = model(idx, targets)
+    for token in model.generate(idx, max_new_tokens=100): ...
+
+The default of every switch in GPTConfig gives GPT-2 (https://github.com/openai/gpt-2), and module names are
+GPT-2's, so are the keys of state_dict. In comments on shapes:
+B batch, T time, C n_embd, H heads, D head_dim, V vocab, S cached positions.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT; ValueError where it makes no sense."""
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in Linear and LayerNorm
+    activation: str = 'gelu'  # gelu (exact) | gelu_tanh (OpenAI's GPT-2) | relu2 (https://arxiv.org/abs/2109.08668)
+    norm: str = 'layernorm'  # layernorm | rmsnorm (https://arxiv.org/abs/1910.07467)
+    rotary: bool = False  # rotary positions (https://arxiv.org/abs/2104.09864) instead of learned ones
+    qk_norm: bool = False  # RMS-normalize queries and keys (https://arxiv.org/abs/2302.05442)
+    tie_weights: bool = True  # lm_head shares the matrix of wte
+    zero_init: bool = False  # c_proj starts at zero, so every block starts as the identity
+    softcap: float = 0.0  # c * tanh(logits / c), 0 for none (https://arxiv.org/abs/2408.00118)
+
+    def __post_init__(self):
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, key) < 1:
+                raise ValueError(f'{key}={getattr(self, key)}: {key} is at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}')
+        if self.rotary and self.n_embd // self.n_head % 2:
+            raise ValueError(f'n_embd/n_head={self.n_embd // self.n_head} is odd: rotary turns pairs of channels')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout}: dropout is at least 0 and below 1')
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f'activation={self.activation}: activation is one of {", ".join(ACTIVATIONS)}')
+        if self.norm not in ('layernorm', 'rmsnorm'):
+            raise ValueError(f'norm={self.norm}: norm is one of layernorm, rmsnorm')
+        if self.softcap < 0:
+            raise ValueError(f'softcap={self.softcap}: softcap is 0 (off) or positive')
+
+
+ACTIVATIONS = {
+    'gelu': F.gelu,
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+    'relu2': lambda x: F.relu(x).square(),
+}
+
+
+def make_norm(config):
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+class Dropout(nn.Module):
+    """Zero each element with probability p and divide the others by 1 - p, in training.
+
+    Differs from nn.Dropout in where the randomness comes from: one random byte an element, of torch's global
+    generator, which train_step seeds for each micro-batch. p is rounded to a multiple of 1/256. Where the rows of
+    a micro-batch are split over processes, each draws the mask of the whole micro-batch and takes its own
+    rows, so the masks do not depend on the number of processes.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.threshold = max(1, min(255, round(p * 256))) if p else 0
+        self.part, self.parts = 0, 1  # these rows are part `part` of `parts` equal ones
+
+    def forward(self, x):
+        if not self.training or not self.threshold:
+            return x
+        n = x.numel() * self.parts
+        # bytes come eight at a time: 64 random bits cost a generator as much as one
+        noise = torch.empty((n + 7) // 8, dtype=torch.int64, device=x.device).random_(-2**63, None)
+        noise = noise.view(torch.uint8)[self.part * x.numel():][:x.numel()].view(x.shape)
+        return x * ((noise >= self.threshold) * (256 / (256 - self.threshold))).to(x.dtype)
+
+    def extra_repr(self):
+        return f'p={self.threshold / 256:.4g}'
+
+
+class KVCache:
+    """The keys and values of every layer for the positions seen so far, allocated once.
+
+    Holds max_length positions of batch_size sequences: 2 * n_layer tensors of shape (B, H, max_length, D).
+    """
+
+    def __init__(self, config, batch_size, max_length, device, dtype):
+        shape = (batch_size, config.n_head, max_length, config.n_embd // config.n_head)
+        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = 0  # S, the positions in use; GPT.forward moves it on
+
+    def append(self, layer, k, v):
+        """Store k and v (B, H, T, D) of new positions; return those of all positions (B, H, S+T, D)."""
+        end = self.length + k.size(2)
+        self.k[layer][:, :, self.length:end] = k
+        self.v[layer][:, :, self.length:end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+
+def rotate(x, cos, sin):
+    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by angles given as cos and sin (T, D/2)."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).to(x.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn_dropout = Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
+
+    def forward(self, x, rotation=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if self.training and self.attn_dropout.threshold:
+            # drop whole keys, for all queries alike (https://arxiv.org/abs/1907.11065): dropping single
+            # attention weights would need the (T, T) matrix, which fused attention never forms
+            v = v * self.attn_dropout(v.new_ones(B, self.n_head, T, 1))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, S+T, D)
+        # one new query sees every cached key; is_causal would align the mask to the upper left
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotation=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rotation, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """A GPT of the given GPTConfig, initialized like GPT-2 from torch's global generator."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            **({} if config.rotary else {'wpe': nn.Embedding(config.block_size, config.n_embd)}),
+            drop=Dropout(config.dropout),
+            h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            ln_f=make_norm(config),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        if config.rotary:
+            half = config.n_embd // config.n_head // 2
+            angles = torch.outer(torch.arange(config.block_size), 10000 ** (-torch.arange(half) / half))  # (T, D/2)
+            self.register_buffer('cos', angles.cos(), persistent=False)
+            self.register_buffer('sin', angles.sin(), persistent=False)
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                # each block adds two terms to the residual stream: keep their sum's variance independent of depth
+                nn.init.normal_(p, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def num_params(self, non_embedding=True):
+        """Number of parameters; `non_embedding` leaves out wpe but not wte, which is also the output matrix."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding and not self.config.rotary:
+            n -= self.transformer.wpe.weight.numel()
+        return n
+
+    def flops_per_token(self):
+        """FLOPs of forward and backward for one token of a full block (PaLM, https://arxiv.org/abs/2204.02311, B)."""
+        c = self.config
+        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def forward(self, idx, targets=None, cache=None):
+        """Return (logits, loss) for token ids idx (B, T).
+
+        logits is (B, T, V); with a KVCache, whose positions come before idx, only the last position's (B, 1, V).
+        loss is the mean cross-entropy in nats against targets (B, T), where -1 is not counted; None without targets.
+        """
+        past = cache.length if cache else 0
+        T = idx.size(1)
+        if past + T > self.config.block_size:
+            raise ValueError(f'{past + T} tokens do not fit into block_size={self.config.block_size}')
+        if past and T > 1:
+            raise ValueError('after the first call, a cache takes one token at a time')
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rotation = None
+        if self.config.rotary:
+            rotation = self.cos[past:past + T], self.sin[past:past + T]
+        else:
+            x = x + self.transformer.wpe.weight[past:past + T]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, rotation, cache)
+        if cache:
+            cache.length += T
+            x = x[:, -1:]
+        logits = self.lm_head(self.transformer.ln_f(x))
+        if self.config.softcap:
+            logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab_size=None):
+        """Continue token ids idx (B, T), yielding the next id of each sequence (B,), max_new_tokens times.
+
+        temperature 0 takes the likeliest token. top_k > 0 keeps the k likeliest; top_p < 1 keeps the likeliest
+        that together reach probability top_p. Ids at or beyond vocab_size (padding of the vocabulary) are never
+        drawn. Once block_size positions are cached, the last half of the context is fed anew and serves as the
+        context from there on, so the cost of a token stays constant. The caller sets eval mode and autocast.
+        """
+        block_size = self.config.block_size
+        tokens = idx[:, -block_size:]
+        cache = None
+        for _ in range(max_new_tokens):
+            if cache is None or cache.length == block_size:
+                if cache is None:
+                    # as wide as it will get; in the dtype that attention computes in
+                    autocast = torch.is_autocast_enabled(idx.device.type)
+                    dtype = torch.get_autocast_dtype(idx.device.type) if autocast else self.lm_head.weight.dtype
+                    length = min(block_size, tokens.size(1) + max_new_tokens)
+                    cache = KVCache(self.config, len(idx), length, idx.device, dtype)
+                else:
+                    tokens = tokens[:, -max(1, block_size // 2):]
+                    cache.length = 0
+                logits, _ = self(tokens, cache=cache)
+            else:
+                logits, _ = self(tokens[:, -1:], cache=cache)
+            next_token = draw(logits[:, -1, :vocab_size].float(), temperature, top_k, top_p, generator)
+            tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+            yield next_token
+
+
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one id per row of logits (B, V), as GPT.generate describes; returns (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        beyond = p.cumsum(dim=-1) - p >= top_p  # of the likelier ones alone: so the first always stays
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)

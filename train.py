@@ -1,0 +1,684 @@
+"""
+Train a GPT, in one process or many.
+
+    python train.py config/train_shakespeare_char.py --max_iters=500
+    python train.py config/train_shakespeare_char.py --init_from=resume --max_iters=1000
+    torchrun --nproc_per_node=8 train.py
+
+--help lists the settings below. Afterwards: python sample.py --start="What is an LLM?"
+"""
+import dataclasses
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from configurator import configure, fail, peak_flops, setup
+from data.common import tokenizer_from_dict
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# settings; the defaults are the 10M-parameter character GPT on Shakespeare
+
+# files
+out_dir = 'out'  # for checkpoints and metrics, relative to where you stand
+init_from = 'scratch'  # scratch | resume: go on from out_dir/ckpt.pt, with its settings where you give none
+# evaluation and logging
+eval_interval = 250  # updates between evaluations; each also samples, and saves ckpt.pt
+eval_iters = 200  # batches of each split in an evaluation, 0: the whole split
+eval_only = False  # evaluate once and exit, writing nothing
+log_interval = 10  # updates between log lines
+always_save_checkpoint = False  # write model.pth at every evaluation, not only at the best val loss so far
+sample_prompt = 'What is an LLM?'  # continued before training and at every evaluation
+sample_tokens = 256  # length of that continuation, 0 for none
+wandb_log = False  # also log to Weights & Biases (pip install wandb)
+wandb_project = 'quill'  # the project there
+wandb_run_name = 'gpt'  # the run's name there
+tensorboard = False  # also log to out_dir/tensorboard (pip install tensorboard)
+# data
+dataset = 'shakespeare_char'  # a folder in data/
+gradient_accumulation_steps = 1  # micro-batches in an update, over all processes together
+batch_size = 64  # sequences in a micro-batch
+block_size = 256  # tokens in a sequence
+# model
+n_layer = 6  # blocks
+n_head = 6  # attention heads
+n_embd = 384  # width
+dropout = 0.0  # see Dropout in model.py; 0.1 or more where the data is seen many times
+bias = False  # in Linear and LayerNorm; GPT-2 has True
+activation = 'gelu'  # gelu | gelu_tanh | relu2
+norm = 'layernorm'  # layernorm | rmsnorm
+rotary = False  # rotary positions instead of learned ones
+qk_norm = False  # normalize queries and keys
+tie_weights = True  # the output matrix is the token embedding
+zero_init = False  # blocks start as the identity
+softcap = 0.0  # soft bound of the logits, 0 for none
+# optimizer
+optimizer = 'adamw'  # adamw | muon: Muon for the blocks' matrices and AdamW for the rest
+learning_rate = 1e-3  # the highest, of AdamW
+muon_lr = 0.02  # the highest, of Muon; follows the same schedule
+muon_momentum = 0.95
+max_iters = 5000  # updates in total
+train_iters = 0  # stop this process after so many updates, to be resumed; 0: run to max_iters
+weight_decay = 0.1  # on matrices
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # bound of the gradient's norm, 0 for none
+# learning rate schedule
+decay_lr = True  # False: constant after the warmup
+lr_schedule = 'cosine'  # cosine | linear: constant, then linear over the last decay_frac
+warmup_iters = 100  # linear, from learning_rate / (warmup_iters + 1)
+lr_decay_iters = 0  # where the decay ends, 0: at max_iters
+decay_frac = 0.4  # the part of lr_decay_iters that decays, for lr_schedule=linear
+min_lr = 1e-4  # where it ends
+# machine
+seed = 1337
+device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
+dtype = 'auto'  # auto (what the device is fastest in) | float32 | bfloat16 | float16
+compile = 'auto'  # torch.compile: auto (on cuda) | True | False
+backend = 'auto'  # of torch.distributed: auto | nccl | gloo
+peak_tflops = 0.0  # of one device, for mfu; 0: from a table, or measured
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CHECKPOINT_FORMAT = 1
+# what a resumed process does not take from the checkpoint
+OF_THIS_PROCESS = ('init_from', 'out_dir', 'train_iters', 'eval_only')
+LEGEND = """legend of the log lines:
+  step     updates done                        loss         mean over the batch, nats per token
+  dt       seconds per step                    dtf, dtb     of it in forward and backward
+  sps      samples (sequences) per second      sps_per_gpu  the same per process
+  tps      tokens per second                   tps_per_gpu  the same per process
+  mfu      percent of the peak FLOP/s          lr           learning rate
+  norm     of the gradient, before clipping    eta          time left, h:mm:ss"""
+
+
+def check_settings(c):
+    """Return what is wrong with the settings in dict c, as a list of sentences."""
+    problems = []
+    ranges = {
+        'at least 1': (lambda v: v >= 1, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size '
+                                         'n_layer n_head n_embd'),
+        'at least 0': (lambda v: v >= 0, 'eval_iters sample_tokens max_iters train_iters warmup_iters lr_decay_iters '
+                                         'weight_decay grad_clip min_lr peak_tflops softcap seed'),
+        'positive': (lambda v: v > 0, 'learning_rate muon_lr'),
+        'at least 0 and below 1': (lambda v: 0 <= v < 1, 'dropout beta1 beta2 muon_momentum'),
+        'above 0 and at most 1': (lambda v: 0 < v <= 1, 'decay_frac'),
+    }
+    for rule, (holds, keys) in ranges.items():
+        problems += [f'{k}={c[k]}: {k} is {rule}' for k in keys.split() if not (holds(c[k]) and math.isfinite(c[k]))]
+    choices = {'init_from': 'scratch resume', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
+               'activation': 'gelu gelu_tanh relu2', 'norm': 'layernorm rmsnorm'}
+    problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items() if c[k] not in v.split()]
+    if c['n_head'] >= 1 and c['n_embd'] % c['n_head']:
+        problems.append(f'n_embd={c["n_embd"]} is not a multiple of n_head={c["n_head"]}')
+    if c['decay_lr'] and c['min_lr'] > c['learning_rate']:
+        problems.append(f'min_lr={c["min_lr"]} is above learning_rate={c["learning_rate"]}')
+    return problems
+
+
+# -----------------------------------------------------------------------------
+# data
+
+def open_dataset(name, run):
+    """Return (folder, meta) of the dataset `name`; prepares a missing Shakespeare, fails on any other missing one."""
+    folder = os.path.join(HERE, 'data', name)
+    files = [os.path.join(folder, f) for f in ('train.bin', 'val.bin', 'meta.json')]
+    missing = [f for f in files if not os.path.exists(f)]
+    script = os.path.join('data', name, 'prepare.py')
+    if missing and name in ('shakespeare_char', 'shakespeare'):
+        run.print(f'no {os.path.basename(missing[0])} in data/{name} yet: running {script}')
+        if run.is_main:
+            importlib.import_module(f'data.{name}.prepare').main()
+        run.barrier()  # the others wait for rank 0
+        missing = [f for f in files if not os.path.exists(f)]
+    if missing:
+        if not os.path.exists(os.path.join(HERE, script)):
+            script = f'data/text/prepare.py --input=FILE --name={name}'
+        fail(f'no {os.path.basename(missing[0])} in data/{name}: run python {script}')
+    with open(files[-1], encoding='utf-8') as f:
+        return folder, json.load(f)
+
+
+class Tokens:
+    """The token ids in a .bin file, read as windows of block_size + 1.
+
+    Read with pread rather than mapped into memory: resident memory does not grow with the file, and a file that
+    shrinks under us is an error instead of a SIGBUS.
+    """
+
+    def __init__(self, path, block_size, dtype='uint16'):
+        self.path, self.block_size, self.dtype = path, block_size, np.dtype(dtype)
+        self.file = os.open(path, os.O_RDONLY)
+        self.n = os.fstat(self.file).st_size // self.dtype.itemsize
+        if self.n < block_size + 1:
+            fail(f'{path}: {self.n} tokens are fewer than block_size + 1 = {block_size + 1}, use --block_size')
+        # a window less than fit, so that the windows of an epoch can start at any token
+        self.windows_per_epoch = max(1, (self.n - 1) // block_size - 1)
+        self.epoch = None
+
+    def read(self, starts):
+        """Return x and y (len(starts), block_size) int64: the windows at starts, and the same one token later."""
+        ids = np.empty((len(starts), self.block_size + 1), dtype=self.dtype)
+        for row, start in zip(ids, starts):
+            if os.preadv(self.file, [row], int(start) * self.dtype.itemsize) != row.nbytes:
+                fail(f'{self.path} ended at token {start}: it was cut short while in use', code=1)
+        ids = torch.from_numpy(ids.astype(np.int64))
+        return ids[:, :-1], ids[:, 1:]
+
+    def train_batch(self, first, count, run):
+        """Return x and y of sequences first, ..., first + count - 1 of an endless stream of training windows.
+
+        In an epoch the windows lie side by side, from a random offset, and are taken in random order, each
+        once. Both depend on the run's seed and the epoch alone.
+        """
+        starts = []
+        for sequence in range(first, first + count):
+            epoch, i = divmod(sequence, self.windows_per_epoch)
+            if epoch != self.epoch:
+                g = run.generator('train', epoch)
+                slack = self.n - 1 - self.windows_per_epoch * self.block_size
+                self.epoch, self.offset = epoch, torch.randint(slack + 1, (1,), generator=g).item()
+                self.order = torch.randperm(self.windows_per_epoch, generator=g)
+            starts.append(self.offset + self.order[i].item() * self.block_size)
+        return self.read(starts)
+
+    def eval_starts(self, n):
+        """Return the starts of n evenly spaced windows; of all that cover the file where n is 0 or enough for that.
+
+        All windows lie side by side but for the last, which ends with the file and so may overlap the one before.
+        """
+        last = self.n - 1 - self.block_size
+        if n == 0 or n * self.block_size >= self.n - 1:
+            return [*range(0, last, self.block_size), last]
+        return [i * last // max(1, n - 1) for i in range(n)]
+
+
+def divide(gradient_accumulation_steps, batch_size, rank, world_size):
+    """Return this rank's share of an update: (range of micro-batches, part, parts).
+
+    Of each of these micro-batches it takes part `part` of `parts` equal ones of the rows. Whole micro-batches
+    where they divide by the processes, else groups of `parts` processes share some.
+    """
+    parts = world_size // math.gcd(gradient_accumulation_steps, world_size)
+    if batch_size % parts:
+        fail(f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches of batch_size={batch_size} '
+             f'sequences cannot be divided over {world_size} processes: make one of them a multiple of {parts}')
+    group, part = divmod(rank, parts)
+    n = gradient_accumulation_steps * parts // world_size
+    return range(group * n, (group + 1) * n), part, parts
+
+
+# -----------------------------------------------------------------------------
+# optimization
+
+def make_optimizers(model, run, optimizer, learning_rate, weight_decay, betas, muon_lr, muon_momentum):
+    """Return the list of optimizers that together update every parameter; lr_max in a group is its highest rate."""
+    matrices = list(model.transformer.h.parameters()) if optimizer == 'muon' else []
+    matrices = [p for p in matrices if p.dim() == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    decay, no_decay = [p for p in rest if p.dim() >= 2], [p for p in rest if p.dim() < 2]
+    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
+    for name, params in (('decayed', decay + matrices), ('not decayed', no_decay)):
+        run.print(f'{len(params)} {name} tensors, {sum(p.numel() for p in params):,} parameters')
+    # fused: one pass over the parameters instead of a dozen
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr_max'] = group['lr']
+    return optimizers
+
+
+def lr_factor(it, c):
+    """The learning rate of the update after `it` updates, as a part of the highest; c is the dict of settings."""
+    if it < c['warmup_iters']:
+        return (it + 1) / (c['warmup_iters'] + 1)
+    if not c['decay_lr']:
+        return 1.0
+    end = c['lr_decay_iters'] or c['max_iters']
+    start = c['warmup_iters'] if c['lr_schedule'] == 'cosine' else max(c['warmup_iters'], end * (1 - c['decay_frac']))
+    x = min(1.0, max(0.0, (it - start) / max(1, end - start)))
+    fall = 0.5 * (1 - math.cos(math.pi * x)) if c['lr_schedule'] == 'cosine' else x
+    return 1 - fall * (1 - c['min_lr'] / c['learning_rate'])
+
+
+class NotFinite(Exception):
+    """A loss or gradient is inf or nan; the weights have not been touched."""
+
+
+def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor, stop=False):
+    """Update the weights once. model is called as model(idx, targets), compiled or not.
+
+    micro_batches: this rank's share, a list of (dropout seed, idx, targets). factor: of the highest learning
+    rates. stop: this rank wants to leave.
+    Returns loss (float, mean over micro-batches and ranks), norm (float, of the gradient before clipping), the
+    seconds in forward and backward, and whether any rank wants to leave. Raises NotFinite on all ranks alike.
+    """
+    seconds = [0.0, 0.0]
+    total = torch.zeros(2, device=run.device)  # loss, stop
+    total[1] = stop
+
+    def clock():
+        run.sync()
+        return time.perf_counter()
+    for dropout_seed, idx, targets in micro_batches:
+        t0 = clock()
+        torch.manual_seed(dropout_seed)
+        with run.autocast():
+            _, loss = model(idx, targets)
+        loss = loss / len(micro_batches)
+        total[0] += loss.detach()
+        t1 = clock()
+        scaler.scale(loss).backward()
+        seconds[0] += t1 - t0
+        seconds[1] += clock() - t1
+
+    groups = [group for opt in optimizers for group in opt.param_groups]
+    params = [p for group in groups for p in group['params']]
+    if run.world_size > 1:
+        # one sum over all ranks per update, always in this order: DistributedDataParallel would rebuild its buckets
+        # after the first update of a process, so a resumed run would add in another order
+        flat = run.all_reduce(torch.cat([p.grad.flatten() for p in params] + [total])) / run.world_size
+        for p, grad in zip(params, flat.split([p.numel() for p in params] + [2])):
+            p.grad = grad.view_as(p)
+        total = flat[-2:]
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    loss = total[0].item()
+    # an overflow in float16 is no fault: the scaler skips the update and halves its scale
+    if not (math.isfinite(loss) and (scaler.is_enabled() or torch.isfinite(norm))):
+        raise NotFinite(f'the {"gradient norm" if math.isfinite(loss) else "loss"} is not finite')
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
+    for group in groups:
+        group['lr'] = group['lr_max'] * factor
+    for opt in optimizers:
+        scaler.step(opt)
+        opt.zero_grad(set_to_none=True)
+    scaler.update()
+    return loss, norm.item(), *seconds, bool(total[1] > 0)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, eval_iters, batch_size, run):
+    """Return the mean loss over eval_iters batches (0: all) of Tokens; each rank computes its part of them."""
+    starts = tokens.eval_starts(eval_iters * batch_size)
+    batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of tokens
+    model.eval()
+    for batch in batches[run.rank::run.world_size]:
+        x, y = tokens.read(batch)
+        if len(starts) > 1 and batch[-1] == starts[-1]:
+            y = y.clone()
+            y[-1, :max(0, starts[-2] + tokens.block_size - starts[-1])] = -1  # has been counted in the window before
+        count = (y >= 0).sum()
+        with run.autocast():
+            _, loss = model(x.to(run.device), y.to(run.device))
+        total += torch.stack([loss.double().cpu() * count, count.double()])
+    model.train()
+    total = run.all_reduce(total.float().to(run.device) if run.device.type == 'mps' else total.to(run.device))
+    return (total[0] / total[1]).item()
+
+
+# -----------------------------------------------------------------------------
+# sampling and checkpoints
+
+def encode_prompt(tokenizer, text, device='cpu'):
+    """Return text as idx (1, T); an empty text as end-of-text, or a newline where there is no such token."""
+    if text:
+        ids = tokenizer.encode(text)
+    else:
+        ids = [tokenizer.eot if tokenizer.eot is not None else tokenizer.encode('\n')[0] if '\n' in tokenizer.chars else 0]
+    return torch.tensor(np.array(ids, dtype=np.int64), device=device)[None]
+
+
+def sample_text(model, tokenizer, prompt, n, run, it):
+    """Return prompt with n tokens more; changes neither the model's mode nor any random state of training."""
+    model.eval()
+    idx = encode_prompt(tokenizer, prompt, run.device)
+    generator = run.generator('sample', it, device=run.device)
+    with run.autocast():
+        new = model.generate(idx, n, temperature=0.8, top_k=200, generator=generator, vocab_size=tokenizer.vocab_size)
+        text = prompt + tokenizer.decode([token.item() for token in new])
+    model.train()
+    return text
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint so that path is, at every moment, either the old one or the new one, whole."""
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        fail(f'cannot write {path}: {e.strerror}', code=1)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_checkpoint(path):
+    """Return the checkpoint at path, its tensors on the CPU; fails where it is none."""
+    if not os.path.exists(path):
+        fail(f'no {os.path.basename(path)} in {os.path.dirname(path) or "."}: train first, or give another --out_dir')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as e:
+        fail(f'{path} is not a checkpoint: {str(e).splitlines()[0]}')
+    if not isinstance(checkpoint, dict) or 'model' not in checkpoint or 'model_args' not in checkpoint:
+        fail(f'{path} is not a checkpoint of quill: it has no model')
+    if checkpoint.get('format', 0) > CHECKPOINT_FORMAT:
+        fail(f'{path} has format {checkpoint["format"]}, newer than this quill reads ({CHECKPOINT_FORMAT})')
+    return checkpoint
+
+
+def keep_old_run(out_dir, run):
+    """Rename the files of an earlier run in out_dir, by its iteration and time, so that a new one destroys nothing."""
+    old = os.path.join(out_dir, 'ckpt.pt')
+    names = [f for f in ('ckpt.pt', 'model.pth', 'metrics.jsonl', 'loss.png') if os.path.exists(os.path.join(out_dir, f))]
+    if not names:
+        return
+    stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(os.path.join(out_dir, names[0]))))
+    if os.path.exists(old):
+        try:
+            stamp = f'{torch.load(old, weights_only=True, mmap=True)["iter_num"]}-{stamp}'
+        except Exception:
+            pass  # unreadable, but still not ours to destroy
+    for name in names:
+        stem, extension = os.path.splitext(name)
+        kept = f'{stem}-{stamp}{extension}'
+        n = 1
+        while os.path.exists(os.path.join(out_dir, kept)):
+            n += 1
+            kept = f'{stem}-{stamp}-{n}{extension}'
+        os.rename(os.path.join(out_dir, name), os.path.join(out_dir, kept))
+        run.print(f'{out_dir} holds an earlier run: renamed {name} to {kept}')
+
+
+def remember_run(out_dir):
+    """Make out_dir the last line of checkpoints.log beside this script, where sample.py looks."""
+    log, line = os.path.join(HERE, 'checkpoints.log'), os.path.abspath(out_dir)
+    try:
+        lines = open(log, encoding='utf-8').read().splitlines() if os.path.exists(log) else []
+        with open(f'{log}.{os.getpid()}.tmp', 'w', encoding='utf-8') as f:
+            f.write('\n'.join([other for other in lines if other != line] + [line]) + '\n')
+        os.replace(f'{log}.{os.getpid()}.tmp', log)
+    except OSError as e:
+        print(f'note: {log} not written ({e.strerror}): sample.py will need --out_dir={out_dir}', flush=True)
+
+
+def plot_losses(out_dir):
+    """Draw out_dir/loss.png from metrics.jsonl, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
+        rows = [json.loads(line) for line in f]
+    ax = Figure(figsize=(8, 5), layout='constrained').subplots()
+    for key, style in (('loss', '-'), ('train_loss', 'o-'), ('val_loss', 'o-')):
+        points = [(r['step'], r[key]) for r in rows if key in r]
+        ax.plot([p[0] for p in points], [p[1] for p in points], style, markersize=4, linewidth=1,
+                label={'loss': 'train, each logged batch', 'train_loss': 'train', 'val_loss': 'val'}[key])
+    ax.set(xlabel='iterations', ylabel='loss, nats per token')
+    ax.legend()
+    ax.figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=100)
+
+
+class Metrics:
+    """Where numbers go besides the terminal: out_dir/metrics.jsonl, and wandb and tensorboard where asked for."""
+
+    def __init__(self, config, iter_num):
+        self.path = os.path.join(config['out_dir'], 'metrics.jsonl')
+        rows = []
+        if iter_num and os.path.exists(self.path):
+            with open(self.path, encoding='utf-8') as f:
+                rows = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= iter_num]
+        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(rows)  # a resumed run repeats what came after its checkpoint
+        os.replace(self.path + '.tmp', self.path)
+        self.file = open(self.path, 'a', encoding='utf-8')
+        self.wandb = self.writer = None
+        if config['wandb_log']:
+            self.wandb = optional_import('wandb', 'wandb_log')
+            self.wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config)
+        if config['tensorboard']:
+            self.writer = optional_import('torch.utils.tensorboard', 'tensorboard').SummaryWriter(
+                os.path.join(config['out_dir'], 'tensorboard'), purge_step=iter_num or None)
+
+    def write(self, **row):
+        self.file.write(json.dumps(row) + '\n')
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=row['step'])
+        if self.writer:
+            for key, value in row.items():
+                if value is not None:
+                    self.writer.add_scalar(key, value, row['step'])
+
+
+def optional_import(module, key):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        fail(f'{key}=True needs a package that is not installed: pip install {key.removesuffix("_log")}')
+
+
+# -----------------------------------------------------------------------------
+
+def main(config, checkpoint=None):
+    """Train with these settings, which are this module's globals too, from a loaded checkpoint or from scratch."""
+    for key, module in (('wandb_log', 'wandb'), ('tensorboard', 'torch.utils.tensorboard')):
+        if config[key]:
+            optional_import(module, key)
+    run = setup(device, dtype, compile, backend, seed)
+    micro_batches, part, parts = divide(gradient_accumulation_steps, batch_size, run.rank, run.world_size)
+    rows = batch_size // parts
+
+    # data
+    folder, meta = open_dataset(dataset, run)
+    train_tokens, val_tokens = (Tokens(os.path.join(folder, f'{split}.bin'), block_size, meta['dtype'])
+                                for split in ('train', 'val'))
+    data = {'dataset': dataset, 'sha256': meta['sha256'], 'tokens': meta['tokens']}
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    run.print(f'{dataset}: {train_tokens.n:,} tokens to train on, {val_tokens.n:,} to validate, '
+              f'vocabulary of {meta["vocab_size"]:,}')
+    prompt = sample_prompt
+    if sample_tokens:
+        try:
+            encode_prompt(tokenizer, prompt)
+        except ValueError as e:
+            if prompt != _defaults['sample_prompt']:
+                fail(f'--sample_prompt={prompt}: {e}')
+            prompt = ''
+            run.print(f'sample_prompt {sample_prompt!r} cannot be written in this vocabulary: samples start from nothing')
+
+    # model
+    shape = {f.name: config[f.name] for f in dataclasses.fields(GPTConfig) if f.name in config}
+    # GPT-2's vocabulary is padded to a multiple of 64, which matrix products like
+    shape['vocab_size'] = 50304 if meta['vocab_size'] == 50257 else meta['vocab_size']
+    if checkpoint:
+        saved = checkpoint['model_args']
+        problems = [f'{k}={shape[k]} but the checkpoint has {k}={saved[k]}'
+                    for k in shape if k in saved and k != 'dropout' and shape[k] != saved[k]]
+        problems += [f"data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}"
+                     for k, v in checkpoint['data'].items() if data[k] != v]
+        if problems:
+            fail(*problems)
+    model = GPT(GPTConfig(**shape)).to(run.device)
+    for module in model.modules():
+        if hasattr(module, 'parts'):
+            module.part, module.parts = part, parts  # of Dropout: this rank's rows of each micro-batch
+    run.print(model)
+    run.print(f'{model.num_params():,} parameters without position embeddings')
+    optimizers = make_optimizers(model, run, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_momentum)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+
+    iter_num, best_val_loss, train_seconds = 0, math.inf, 0.0
+    if checkpoint:
+        iter_num, best_val_loss, train_seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'train_seconds'))
+        model.load_state_dict(checkpoint['model'])
+        for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+            # the state is the checkpoint's, the rates, decays and betas are the settings'
+            hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
+            opt.load_state_dict(state)
+            for group, values in zip(opt.param_groups, hyper):
+                group.update(values)
+        scaler.load_state_dict(checkpoint['scaler'])
+        changed = {k: (v, config[k]) for k, v in checkpoint['config'].items()
+                   if k in config and k not in OF_THIS_PROCESS and config[k] != v}
+        run.print(f'resumed {os.path.join(out_dir, "ckpt.pt")} at step {iter_num}'
+                  + ''.join(f', {k}={new} (was {old})' for k, (old, new) in changed.items()))
+        checkpoint = None  # frees its memory
+    resumed_at = iter_num if init_from == 'resume' else -1
+    last_iter = min(max_iters, iter_num + train_iters) if train_iters else max_iters
+    if iter_num >= last_iter and resumed_at >= 0 and not eval_only:
+        run.print(f'nothing to do: the run is at step {iter_num} of max_iters={max_iters}, go on with a larger --max_iters')
+        return run.close()
+
+    if eval_only:
+        for name, tokens in (('train', train_tokens), ('val', val_tokens)):
+            run.print(f'{name}_loss={evaluate(model, tokens, eval_iters, batch_size, run):.4f}')
+        return run.close()
+
+    # files
+    if run.is_main:
+        os.makedirs(out_dir, exist_ok=True)
+        if init_from == 'scratch':
+            keep_old_run(out_dir, run)
+        metrics = Metrics(config, iter_num)
+        remember_run(out_dir)
+
+    # compile now, on a batch that is thrown away, so that no step's time contains it
+    step_model = model
+    if run.compile:
+        run.print('compiling ...')
+        t0 = time.perf_counter()
+        step_model = torch.compile(model)
+        x = torch.zeros(rows, block_size, dtype=torch.int64, device=run.device)
+        with run.autocast():
+            _, loss = step_model(x, x)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        run.sync()
+        run.print(f'compiled in {time.perf_counter() - t0:.1f} s')
+
+    peak = peak_tflops * 1e12 or peak_flops(run)
+    peak = peak and run.all_reduce(torch.tensor(peak, device=run.device)).item()  # of all devices
+    sequences = gradient_accumulation_steps * batch_size  # in an update
+    run.print(LEGEND)
+
+    # the first signal ends the run after the present step, a second Ctrl-C at once
+    signals = []
+
+    def on_signal(signum, frame):
+        if signals and signum == signal.SIGINT:
+            os._exit(130)
+        signals.append(signum)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+
+    def save(name, **more):
+        """Write the weights and what explains them to out_dir/name."""
+        path = os.path.join(out_dir, name)
+        save_checkpoint({'format': CHECKPOINT_FORMAT, 'model': model.state_dict(),
+                         'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
+                         'tokenizer': tokenizer.to_dict(), **more}, path)
+        run.print(f'saved {path} (step {it})')
+
+    # the clock runs in steps only: t0 is when it last started, since is the step it then had
+    it, since, t0, stop = iter_num, iter_num, time.perf_counter(), False
+    while True:
+        # evaluate, sample, save
+        due = (it % eval_interval == 0 or it == last_iter) and it != resumed_at
+        if due:
+            run.sync()
+            train_seconds += time.perf_counter() - t0
+            t1 = time.perf_counter()
+            train_loss, val_loss = (evaluate(model, t, eval_iters, batch_size, run) for t in (train_tokens, val_tokens))
+            best = val_loss < best_val_loss
+            best_val_loss = min(val_loss, best_val_loss)
+            run.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} best_val_loss={best_val_loss:.4f} '
+                      f'train_seconds={train_seconds:.1f} (evaluated in {time.perf_counter() - t1:.1f} s)')
+            if run.is_main:
+                metrics.write(step=it, train_loss=train_loss, val_loss=val_loss, train_seconds=train_seconds)
+                plot_losses(out_dir)
+                if sample_tokens:
+                    print(f'--- sample at step {it} ---\n{sample_text(model, tokenizer, prompt, sample_tokens, run, it)}\n---',
+                          flush=True)
+                if it and (best or always_save_checkpoint):
+                    save('model.pth', val_loss=val_loss)
+        if run.is_main and it != resumed_at and (it and due or it == last_iter or stop):
+            save('ckpt.pt', optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
+                 best_val_loss=best_val_loss, train_seconds=train_seconds, data=data)
+        if due:
+            since, t0 = it, time.perf_counter()
+
+        # stop?
+        if stop or it == last_iter:
+            break
+
+        # step
+        batches = []
+        for micro in micro_batches:
+            first = (it * gradient_accumulation_steps + micro) * batch_size + part * rows
+            x, y = train_tokens.train_batch(first, rows, run)
+            batches.append((run.derive_seed('dropout', it, micro), x.to(run.device), y.to(run.device)))
+        factor = lr_factor(it, config)
+        try:
+            loss, norm, dtf, dtb, stop = train_step(step_model, optimizers, scaler, run, batches, grad_clip, factor,
+                                                    stop=bool(signals))
+        except NotFinite as e:
+            fail(f'{e} at iteration {it}: stopped before the weights changed, {os.path.join(out_dir, "ckpt.pt")} is as it '
+                 'was', code=1)
+        it += 1
+
+        # log
+        if it % log_interval == 0 or it == 1:
+            run.sync()
+            now = time.perf_counter()
+            dt = (now - t0) / (it - since)
+            train_seconds += now - t0
+            since, t0 = it, now
+            sps = sequences / dt
+            mfu = peak and 100 * model.flops_per_token() * sps * block_size / peak
+            eta = (last_iter - it) * dt
+            row = dict(step=it, loss=loss, dt=dt, dtf=dtf, dtb=dtb, sps=sps, sps_per_gpu=sps / run.world_size,
+                       tps=sps * block_size, tps_per_gpu=sps * block_size / run.world_size, mfu=mfu,
+                       lr=learning_rate * factor, norm=norm, eta=eta)
+            clock = f'{int(eta) // 3600}:{int(eta) // 60 % 60:02}:{int(eta) % 60:02}'
+            run.print(' '.join(f'{k}={v:.6g}' if v is not None else f'{k}=n/a' for k, v in row.items() if k != 'eta'),
+                      f'eta={clock}')
+            if run.is_main:
+                metrics.write(**row)
+
+    run.close()
+    if stop:
+        run.print(f'stopped by a signal at step {it}: go on with --init_from=resume')
+        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
+    if it < max_iters:
+        run.print(f'stopped after train_iters={train_iters} at step {it} of {max_iters}: go on with --init_from=resume')
+
+
+if __name__ == '__main__':
+    _config = configure(globals())
+    if _problems := check_settings(_config):
+        fail(*_problems)
+    _checkpoint = None
+    if init_from == 'resume':
+        _checkpoint = load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
+        _saved = {k: v for k, v in _checkpoint['config'].items() if k not in OF_THIS_PROCESS}
+        _config = configure(globals(), saved=_saved)
+    main(_config, _checkpoint)
