@@ -1,0 +1,9 @@
+# The reference: a 10M-parameter character GPT (6 layers, 6 heads, 384 wide, context 256, as train.py's defaults say)
+#     python train.py config/train_shakespeare_char.py
+out_dir = 'out-shakespeare-char'
+eval_interval = 250  # it overfits, so evaluate often; model.pth keeps the best
+eval_iters = 7  # 7 x 64 windows of 256: all of the val split
+
+dropout = 0.2  # 5000 iterations see the text 82 times
+max_iters = 5000
+beta2 = 0.99  # few tokens in a batch: average over more of them
