@@ -226,7 +226,7 @@ class GPT(nn.Module):
         logits is (B, T, V); with a KVCache, whose positions come before idx, only the last position's (B, 1, V).
         loss is the mean cross-entropy in nats against targets (B, T), where -1 is not counted; None without targets.
         """
-        past = cache.length if cache else 0
+        past = cache.length if cache is not None else 0
         T = idx.size(1)
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens do not fit into block_size={self.config.block_size}')
@@ -241,7 +241,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rotation, cache)
-        if cache:
+        if cache is not None:
             cache.length += T
             x = x[:, -1:]
         logits = self.lm_head(self.transformer.ln_f(x))
@@ -258,7 +258,8 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token. top_k > 0 keeps the k likeliest; top_p < 1 keeps the likeliest
         that together reach probability top_p. Ids at or beyond vocab_size (padding of the vocabulary) are never
         drawn. Once block_size positions are cached, the last half of the context is fed anew and serves as the
-        context from there on, so the cost of a token stays constant. The caller sets eval mode and autocast.
+        context from there on, so the cost of a token stays constant. Computes in the dtype of the weights: autocast
+        would cast all of them for every token. The caller sets eval mode.
         """
         block_size = self.config.block_size
         tokens = idx[:, -block_size:]
@@ -266,11 +267,8 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache is None or cache.length == block_size:
                 if cache is None:
-                    # as wide as it will get; in the dtype that attention computes in
-                    autocast = torch.is_autocast_enabled(idx.device.type)
-                    dtype = torch.get_autocast_dtype(idx.device.type) if autocast else self.lm_head.weight.dtype
                     length = min(block_size, tokens.size(1) + max_new_tokens)
-                    cache = KVCache(self.config, len(idx), length, idx.device, dtype)
+                    cache = KVCache(self.config, len(idx), length, idx.device, self.lm_head.weight.dtype)
                 else:
                     tokens = tokens[:, -max(1, block_size // 2):]
                     cache.length = 0

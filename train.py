@@ -22,7 +22,7 @@ import torch.nn as nn
 
 from configurator import configure, fail, peak_flops, setup
 from data.common import tokenizer_from_dict
-from model import GPT, GPTConfig
+from model import GPT, Dropout, GPTConfig
 
 # -----------------------------------------------------------------------------
 # settings; the defaults are the 10M-parameter character GPT on Shakespeare
@@ -218,6 +218,33 @@ def divide(gradient_accumulation_steps, batch_size, rank, world_size):
 # -----------------------------------------------------------------------------
 # optimization
 
+def make_model(c, vocab_size, run, part=0, parts=1):
+    """Return the GPT that settings c describe, on the run's device, which sees part `part` of the rows of a batch."""
+    shape = {f.name: c[f.name] for f in dataclasses.fields(GPTConfig) if f.name in c}
+    model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(run.device)
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.part, module.parts = part, parts
+    return model
+
+
+def compile_model(model, rows, run):
+    """Return model, compiled if the run says so: now, on a batch thrown away, so that no step's time contains it."""
+    if not run.compile:
+        return model
+    run.print('compiling ...')
+    t0 = time.perf_counter()
+    compiled = torch.compile(model)
+    idx = torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=run.device)
+    with run.autocast():
+        _, loss = compiled(idx, idx)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    run.sync()
+    run.print(f'compiled in {time.perf_counter() - t0:.1f} s')
+    return compiled
+
+
 def make_optimizers(model, run, optimizer, learning_rate, weight_decay, betas, muon_lr, muon_momentum):
     """Return the list of optimizers that together update every parameter; lr_max in a group is its highest rate."""
     matrices = list(model.transformer.h.parameters()) if optimizer == 'muon' else []
@@ -346,9 +373,8 @@ def sample_text(model, tokenizer, prompt, n, run, it):
     model.eval()
     idx = encode_prompt(tokenizer, prompt, run.device)
     generator = run.generator('sample', it, device=run.device)
-    with run.autocast():
-        new = model.generate(idx, n, temperature=0.8, top_k=200, generator=generator, vocab_size=tokenizer.vocab_size)
-        text = prompt + tokenizer.decode([token.item() for token in new])
+    new = model.generate(idx, n, temperature=0.8, top_k=200, generator=generator, vocab_size=tokenizer.vocab_size)
+    text = prompt + tokenizer.decode([token.item() for token in new])
     model.train()
     return text
 
@@ -505,22 +531,16 @@ def main(config, checkpoint=None):
             prompt = ''
             run.print(f'sample_prompt {sample_prompt!r} cannot be written in this vocabulary: samples start from nothing')
 
-    # model
-    shape = {f.name: config[f.name] for f in dataclasses.fields(GPTConfig) if f.name in config}
-    # GPT-2's vocabulary is padded to a multiple of 64, which matrix products like
-    shape['vocab_size'] = 50304 if meta['vocab_size'] == 50257 else meta['vocab_size']
+    # model; GPT-2's vocabulary is padded to a multiple of 64, which matrix products like
+    model = make_model(config, 50304 if meta['vocab_size'] == 50257 else meta['vocab_size'], run, part, parts)
     if checkpoint:
-        saved = checkpoint['model_args']
+        shape, saved = dataclasses.asdict(model.config), checkpoint['model_args']
         problems = [f'{k}={shape[k]} but the checkpoint has {k}={saved[k]}'
                     for k in shape if k in saved and k != 'dropout' and shape[k] != saved[k]]
         problems += [f"data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}"
                      for k, v in checkpoint['data'].items() if data[k] != v]
         if problems:
             fail(*problems)
-    model = GPT(GPTConfig(**shape)).to(run.device)
-    for module in model.modules():
-        if hasattr(module, 'parts'):
-            module.part, module.parts = part, parts  # of Dropout: this rank's rows of each micro-batch
     run.print(model)
     run.print(f'{model.num_params():,} parameters without position embeddings')
     optimizers = make_optimizers(model, run, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_momentum)
@@ -561,20 +581,7 @@ def main(config, checkpoint=None):
         metrics = Metrics(config, iter_num)
         remember_run(out_dir)
 
-    # compile now, on a batch that is thrown away, so that no step's time contains it
-    step_model = model
-    if run.compile:
-        run.print('compiling ...')
-        t0 = time.perf_counter()
-        step_model = torch.compile(model)
-        x = torch.zeros(rows, block_size, dtype=torch.int64, device=run.device)
-        with run.autocast():
-            _, loss = step_model(x, x)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        run.sync()
-        run.print(f'compiled in {time.perf_counter() - t0:.1f} s')
-
+    step_model = compile_model(model, rows, run)
     peak = peak_tflops * 1e12 or peak_flops(run)
     peak = peak and run.all_reduce(torch.tensor(peak, device=run.device)).item()  # of all devices
     sequences = gradient_accumulation_steps * batch_size  # in an update

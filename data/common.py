@@ -269,12 +269,12 @@ def read_text(path):
         with open(path, 'rb') as f:
             raw = f.read()
     except OSError as e:
-        fail(f'--input={path}: {e.strerror}')
+        fail(f'{path}: {e.strerror}')
     try:
         text = raw.removeprefix(codecs.BOM_UTF8).decode('utf-8')
     except UnicodeDecodeError as e:
-        fail(f'--input={path}: not UTF-8 at byte {e.start + (len(raw) - len(raw.removeprefix(codecs.BOM_UTF8)))}: '
-             f'convert it first, for example with iconv -t UTF-8')
+        byte = e.start + len(raw) - len(raw.removeprefix(codecs.BOM_UTF8))
+        fail(f'{path}: not UTF-8 at byte {byte}, convert it first, for example with iconv -t UTF-8')
     return text.replace('\r\n', '\n')
 
 
@@ -285,7 +285,7 @@ def write_dataset(name, path, kind):
     """
     text = read_text(path)
     if len(text) < 20:
-        fail(f'--input={path}: {len(text)} characters are too few to train and validate on')
+        fail(f'{path}: {len(text)} characters are too few to train and validate on')
     tokenizer = CharTokenizer(text) if kind == 'char' else GPT2Tokenizer()
     dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     cut = len(text) * 9 // 10

@@ -1,0 +1,131 @@
+"""
+Generate text with trained weights.
+
+    python sample.py --start="What is an LLM?"
+    python sample.py --out_dir=out-shakespeare-char --num_samples=1 --temperature=0.5
+"""
+import codecs
+import os
+import time
+
+import torch
+
+from configurator import configure, fail, pick_device, setup
+from data.common import read_text, tokenizer_from_dict
+from model import GPT, GPTConfig
+from train import HERE, encode_prompt, load_checkpoint
+
+# -----------------------------------------------------------------------------
+# settings
+
+# what to load
+out_dir = ''  # where the weights are; '': the most recent run in checkpoints.log
+weights = 'best'  # best: model.pth, the lowest val loss | last: ckpt.pt, the end of training
+# what to generate
+start = ''  # the prompt; FILE:path takes it from a file; '': a newline or end-of-text
+num_samples = 10  # generated together as one batch; a single one is shown as it grows
+max_new_tokens = 500  # tokens in each
+temperature = 0.8  # below 1: more likely, above 1: more varied; 0: always the likeliest token
+top_k = 200  # only the so many likeliest tokens, 0: all
+top_p = 1.0  # only the likeliest tokens that reach this probability together
+stop = ''  # end a sample before this text
+seed = 1337
+# machine
+device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
+dtype = 'auto'  # of the weights: auto (float32 on a cpu, which decodes a small model fastest) | float32 | bfloat16 | float16
+
+
+def check_settings(c):
+    """Return what is wrong with the settings in dict c, as a list of sentences."""
+    rules = [('num_samples', 'at least 1', c['num_samples'] >= 1),
+             ('max_new_tokens', 'at least 1', c['max_new_tokens'] >= 1),
+             ('temperature', 'at least 0 and finite', 0 <= c['temperature'] < float('inf')),
+             ('top_k', 'at least 0', c['top_k'] >= 0),
+             ('top_p', 'above 0 and at most 1', 0 < c['top_p'] <= 1),
+             ('weights', 'best or last', c['weights'] in ('best', 'last'))]
+    return [f'{key}={c[key]}: {key} is {rule}' for key, rule, holds in rules if not holds]
+
+
+def last_run():
+    """Return the directory of the most recent run."""
+    log = os.path.join(HERE, 'checkpoints.log')
+    if not os.path.exists(log):
+        fail('nothing has been trained yet (no checkpoints.log): run python train.py, or give --out_dir')
+    return open(log, encoding='utf-8').read().splitlines()[-1]
+
+
+class Text:
+    """The text of one sample, as far as its tokens make whole characters and `stop` allows."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may take several tokens
+        self.text, self.shown, self.done = '', 0, False
+
+    def add(self, token):
+        if not self.done:
+            self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
+            if self.stop and self.stop in self.text:
+                self.text, self.done = self.text[:self.text.index(self.stop)], True
+
+    def new(self, end=False):
+        """Return what came since the last call; holds back what may be the beginning of `stop`, until the end."""
+        until = len(self.text) if end or self.done or not self.stop else max(self.shown, len(self.text) - len(self.stop) + 1)
+        new, self.shown = self.text[self.shown:until], until
+        return new
+
+
+def main():
+    directory = out_dir or last_run()
+    path = os.path.join(directory, {'best': 'model.pth', 'last': 'ckpt.pt'}[weights])
+    checkpoint = load_checkpoint(path)
+    # decoding reads every weight once a token; autocast would cast them each time besides
+    run = setup(device, 'float32' if dtype == 'auto' and pick_device(device) == 'cpu' else dtype, False, 'auto', seed)
+    model = GPT(GPTConfig(**checkpoint['model_args']))
+    model.load_state_dict(checkpoint['model'])
+    model.eval().to(run.device, run.dtype)
+    tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
+    val_loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
+    run.print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, '
+              f'{"val loss" if weights == "best" else "best val loss until then"} {val_loss:.4f}')
+
+    prompt = read_text(start[5:]) if start.startswith('FILE:') else start
+    try:
+        idx = encode_prompt(tokenizer, prompt, run.device)
+    except ValueError as e:
+        fail(f'--start: {e}')
+    if idx.size(1) > model.config.block_size:
+        run.print(f'note: the prompt has {idx.size(1)} tokens, the model sees the last {model.config.block_size}')
+
+    run.sync()
+    t0 = time.perf_counter()
+    texts = [Text(tokenizer, stop) for _ in range(num_samples)]
+    n = 0
+    if num_samples == 1:
+        print(prompt, end='', flush=True)
+    for tokens in model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k, top_p,
+                                 run.generator('sample', device=run.device), tokenizer.vocab_size):
+        n += 1
+        for text, token in zip(texts, tokens.tolist()):
+            text.add(token)
+        if num_samples == 1:
+            print(texts[0].new(), end='', flush=True)
+        if all(text.done for text in texts):
+            break
+    seconds = time.perf_counter() - t0
+    if num_samples == 1:
+        print(texts[0].new(end=True))
+    else:
+        for text in texts:
+            print(f'{prompt}{text.text}\n---------------')
+    print(f'{num_samples} x {n} tokens in {seconds:.2f} s: {num_samples * n / seconds:.0f} tokens/s')
+
+
+if __name__ == '__main__':
+    _config = configure(globals())
+    if _problems := check_settings(_config):
+        fail(*_problems)
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130)
