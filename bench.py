@@ -18,9 +18,9 @@ import sys
 import torch
 
 from configurator import configure, fail, peak_flops, setup
-from model import Dropout
 from train import *
-from train import check_settings, compile_model, divide, make_model, make_optimizers, open_dataset, train_step, Tokens
+from train import Tokens, check_settings, compile_model, divide, make_optimizers, new_model, open_dataset, place_model, \
+    train_step
 
 # -----------------------------------------------------------------------------
 # settings
@@ -48,7 +48,8 @@ def time_sampling(model, batch_size, n, run):
     for repeat in range(4):
         run.sync()
         t0 = time.perf_counter()
-        for _ in model.generate(idx, n, temperature=0.8, top_k=200, generator=run.generator('sample', device=run.device)):
+        generator = run.generator('sample', device=run.device)
+        for _ in model.generate(idx, n, temperature=0.8, top_k=200, generator=generator):
             pass
         run.sync()
         seconds.append(time.perf_counter() - t0)
@@ -66,8 +67,8 @@ def main(config):
         vocab_size = meta['vocab_size']
     else:
         vocab_size = 65 if dataset.endswith('_char') else 50257
-    model = make_model(config, 50304 if vocab_size == 50257 else vocab_size, run, part, parts)
-    optimizers = make_optimizers(model, run, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_momentum)
+    model = place_model(new_model(config, vocab_size), run, part, parts)
+    optimizers = make_optimizers(model, run, config)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     t0 = time.perf_counter()
     step_model = compile_model(model, rows, run)
@@ -81,7 +82,8 @@ def main(config):
                 first = (it * gradient_accumulation_steps + micro) * batch_size + part * rows
                 x, y = tokens.train_batch(first, rows, run)
             else:
-                ids = torch.randint(vocab_size, (rows, block_size + 1), generator=run.generator('bench', it, micro, part))
+                generator = run.generator('bench', it, micro, part)
+                ids = torch.randint(vocab_size, (rows, block_size + 1), generator=generator)
                 x, y = ids[:, :-1], ids[:, 1:]
             batches.append((run.derive_seed('dropout', it, micro), x.to(run.device), y.to(run.device)))
         run.sync()
@@ -123,8 +125,8 @@ def main(config):
 
 if __name__ == '__main__':
     _config = configure(globals())
-    if _problems := check_settings(_config) + [
-            f'{k}={_config[k]}: {k} is at least {n}' for k, n in [('bench_steps', 1), ('bench_warmup', 0), ('bench_tokens', 0)]
-            if _config[k] < n]:
+    _least = {'bench_steps': 1, 'bench_warmup': 0, 'bench_tokens': 0}
+    if _problems := check_settings(_config) + [f'{k}={_config[k]}: {k} is at least {n}' for k, n in _least.items()
+                                               if _config[k] < n]:
         fail(*_problems)
     main(_config)

@@ -82,7 +82,8 @@ def configure(namespace, argv=None, saved=None):
     A setting, or key, is a public lower-case global of type int, float, bool or str. Arguments are taken in
     order and a later one wins: a config file (plain Python that assigns keys, and can read their present
     values) or `--key=value`. Values keep the default's type. `saved` holds settings, of a checkpoint, say,
-    that apply before all arguments. Every problem is reported, then the process exits with code 2.
+    that apply before all arguments. Every problem is reported, then the process exits with code 2. The names that
+    arguments gave a value to are left in the namespace as `_given`.
     """
     argv = sys.argv[1:] if argv is None else argv
     script = namespace['__file__']
@@ -94,7 +95,7 @@ def configure(namespace, argv=None, saved=None):
         print_help(script, defaults)
         raise SystemExit(0)
 
-    problems = []
+    problems, given = [], set()
 
     def override(key, value, origin):
         if key not in defaults:
@@ -103,6 +104,7 @@ def configure(namespace, argv=None, saved=None):
             return
         try:
             config[key] = convert(key, value, defaults[key])
+            given.add(key)
         except ValueError as e:
             problems.append(f'{origin}{e}')
 
@@ -131,11 +133,13 @@ def configure(namespace, argv=None, saved=None):
         for key, value in scratch.items():
             # imports and functions that the file uses are its own business
             private = key.startswith('_') or callable(value) or type(value) is type(sys)
+            if key in defaults and value is config[key]:
+                continue  # not assigned by this file
             if key in defaults or not private:
                 override(key, value, f'{arg}: ')
     if problems:
         fail(*problems)
-    namespace.update(config)
+    namespace.update(config, _given=given)
     return config
 
 

@@ -9,7 +9,9 @@ The default of every switch in GPTConfig gives GPT-2 (https://github.com/openai/
 GPT-2's, so are the keys of state_dict. In comments on shapes:
 B batch, T time, C n_embd, H heads, D head_dim, V vocab, S cached positions.
 """
+import json
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -208,6 +210,46 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
+    @classmethod
+    def from_pretrained(cls, folder, block_size=0, dropout=0.0):
+        """Return the GPT-2 in folder: config.json and model.safetensors as Hugging Face's transformers write them.
+
+        block_size > 0 keeps only the first so many positions. ValueError where the folder holds something else.
+        """
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            c = json.load(f)
+        activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+        if c.get('model_type') != 'gpt2' or c.get('activation_function', 'gelu_new') not in activations:
+            raise ValueError(f'{folder}/config.json does not describe a GPT-2')
+        if not 0 <= block_size <= c['n_positions']:
+            raise ValueError(f'block_size={block_size}: this model has {c["n_positions"]} positions')
+        model = cls(GPTConfig(
+            block_size=block_size or c['n_positions'], vocab_size=c['vocab_size'], n_layer=c['n_layer'],
+            n_head=c['n_head'], n_embd=c['n_embd'], dropout=dropout, bias=True,
+            activation=activations[c.get('activation_function', 'gelu_new')],
+            tie_weights=c.get('tie_word_embeddings', True)))
+        tensors = read_safetensors(os.path.join(folder, 'model.safetensors'))
+        own = model.state_dict()
+        loaded = set()
+        for name, tensor in tensors.items():
+            if name != 'lm_head.weight' and not name.startswith('transformer.'):
+                name = f'transformer.{name}'  # OpenAI's own files leave it out
+            if name.endswith(('.attn.bias', '.attn.masked_bias')):
+                continue  # the causal mask
+            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+                tensor = tensor.t()  # GPT-2 stores the matrices of its blocks as (in, out)
+            if name == 'transformer.wpe.weight':
+                tensor = tensor[:model.config.block_size]
+            if name not in own or own[name].shape != tensor.shape:
+                raise ValueError(f'{folder}/model.safetensors: {name} {tuple(tensor.shape)} does not fit config.json')
+            with torch.no_grad():
+                own[name].copy_(tensor)
+            loaded.add(name)
+        missing = set(own) - loaded - ({'lm_head.weight'} if model.config.tie_weights else set())
+        if missing:
+            raise ValueError(f'{folder}/model.safetensors lacks {min(missing)}')
+        return model
+
     def num_params(self, non_embedding=True):
         """Number of parameters; `non_embedding` leaves out wpe but not wte, which is also the output matrix."""
         n = sum(p.numel() for p in self.parameters())
@@ -294,3 +336,37 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         beyond = p.cumsum(dim=-1) - p >= top_p  # of the likelier ones alone: so the first always stays
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+
+
+# -----------------------------------------------------------------------------
+# safetensors (https://github.com/huggingface/safetensors): an 8-byte length, a JSON header, raw tensors
+
+SAFETENSORS_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'U8': torch.uint8,
+                      'BOOL': torch.bool, 'I64': torch.int64}
+
+
+def read_safetensors(path):
+    """Return {name: tensor} of a .safetensors file, memory-mapped; ValueError where the file contradicts itself."""
+    size = os.path.getsize(path)
+    try:
+        with open(path, 'rb') as f:
+            n = int.from_bytes(f.read(8), 'little')
+            if size < 8 or n > min(size - 8, 100_000_000):
+                raise ValueError('the header is longer than the file')
+            header = json.loads(f.read(n))
+        data = torch.from_file(path, size=size, dtype=torch.uint8)[8 + n:]
+        tensors = {}
+        for name, entry in header.items():
+            if name == '__metadata__':
+                continue
+            dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
+            if not all(type(i) is int and i >= 0 for i in (*shape, begin, end)) or end > len(data) \
+                    or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f'{name} lies outside of the file or has another size than its shape')
+            raw = data[begin:end]
+            if (8 + n + begin) % dtype.itemsize:
+                raw = raw.clone()  # views in another dtype must be aligned
+            tensors[name] = raw.view(dtype).view(shape)
+        return tensors
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f'{path} is not a sound safetensors file: {type(e).__name__}: {e}') from e

@@ -8,18 +8,17 @@ import codecs
 import os
 import time
 
-import torch
-
 from configurator import configure, fail, pick_device, setup
 from data.common import read_text, tokenizer_from_dict
 from model import GPT, GPTConfig
-from train import HERE, encode_prompt, load_checkpoint
+from train import HERE, encode_prompt, load_checkpoint, load_gpt2
 
 # -----------------------------------------------------------------------------
 # settings
 
 # what to load
-out_dir = ''  # where the weights are; '': the most recent run in checkpoints.log
+init_from = 'resume'  # resume: weights that train.py saved | gpt2, -medium, -large, -xl | a folder
+out_dir = ''  # where train.py saved them; '': the most recent run in checkpoints.log
 weights = 'best'  # best: model.pth, the lowest val loss | last: ckpt.pt, the end of training
 # what to generate
 start = ''  # the prompt; FILE:path takes it from a file; '': a newline or end-of-text
@@ -32,7 +31,7 @@ stop = ''  # end a sample before this text
 seed = 1337
 # machine
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
-dtype = 'auto'  # of the weights: auto (float32 on a cpu, which decodes a small model fastest) | float32 | bfloat16 | float16
+dtype = 'auto'  # of the weights: auto (float32 on a cpu, fastest for a small model) | float32 | bfloat16 | float16
 
 
 def check_settings(c):
@@ -70,24 +69,30 @@ class Text:
 
     def new(self, end=False):
         """Return what came since the last call; holds back what may be the beginning of `stop`, until the end."""
-        until = len(self.text) if end or self.done or not self.stop else max(self.shown, len(self.text) - len(self.stop) + 1)
+        hold = 0 if end or self.done or not self.stop else len(self.stop) - 1
+        until = max(self.shown, len(self.text) - hold)
         new, self.shown = self.text[self.shown:until], until
         return new
 
 
 def main():
-    directory = out_dir or last_run()
-    path = os.path.join(directory, {'best': 'model.pth', 'last': 'ckpt.pt'}[weights])
-    checkpoint = load_checkpoint(path)
+    if init_from == 'resume':
+        path = os.path.join(out_dir or last_run(), {'best': 'model.pth', 'last': 'ckpt.pt'}[weights])
+        checkpoint = load_checkpoint(path)
     # decoding reads every weight once a token; autocast would cast them each time besides
     run = setup(device, 'float32' if dtype == 'auto' and pick_device(device) == 'cpu' else dtype, False, 'auto', seed)
-    model = GPT(GPTConfig(**checkpoint['model_args']))
-    model.load_state_dict(checkpoint['model'])
+    if init_from == 'resume':
+        model = GPT(GPTConfig(**checkpoint['model_args']))
+        model.load_state_dict(checkpoint['model'])
+        tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
+        loss = f'val loss {checkpoint["val_loss"]:.4f}' if weights == 'best' else \
+            f'best val loss until then {checkpoint["best_val_loss"]:.4f}'
+        run.print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, {loss}')
+    else:
+        model = load_gpt2(init_from, 0, 0.0, run)
+        tokenizer = tokenizer_from_dict({'kind': 'gpt2'})
+        run.print(f'weights of {init_from}, {model.num_params(False):,} parameters')
     model.eval().to(run.device, run.dtype)
-    tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
-    val_loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
-    run.print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, '
-              f'{"val loss" if weights == "best" else "best val loss until then"} {val_loss:.4f}')
 
     prompt = read_text(start[5:]) if start.startswith('FILE:') else start
     try:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 import torch.nn as nn
 
 from configurator import configure, fail, peak_flops, setup
-from data.common import tokenizer_from_dict
+from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict
 from model import GPT, Dropout, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -29,7 +28,7 @@ from model import GPT, Dropout, GPTConfig
 
 # files
 out_dir = 'out'  # for checkpoints and metrics, relative to where you stand
-init_from = 'scratch'  # scratch | resume: go on from out_dir/ckpt.pt, with its settings where you give none
+init_from = 'scratch'  # scratch | resume (out_dir/ckpt.pt, with its settings) | gpt2, -medium, -large, -xl | a folder
 # evaluation and logging
 eval_interval = 250  # updates between evaluations; each also samples, and saves ckpt.pt
 eval_iters = 200  # batches of each split in an evaluation, 0: the whole split
@@ -113,11 +112,15 @@ def check_settings(c):
     }
     for rule, (holds, keys) in ranges.items():
         problems += [f'{k}={c[k]}: {k} is {rule}' for k in keys.split() if not (holds(c[k]) and math.isfinite(c[k]))]
-    choices = {'init_from': 'scratch resume', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
+    choices = {'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
                'activation': 'gelu gelu_tanh relu2', 'norm': 'layernorm rmsnorm'}
-    problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items() if c[k] not in v.split()]
+    problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items()
+                 if c[k] not in v.split()]
     if c['n_head'] >= 1 and c['n_embd'] % c['n_head']:
         problems.append(f'n_embd={c["n_embd"]} is not a multiple of n_head={c["n_head"]}')
+    if c['init_from'] not in ('scratch', 'resume', *GPT2_NAMES) and not os.path.isdir(c['init_from']):
+        problems.append(f'init_from={c["init_from"]}: init_from is one of scratch, resume, {", ".join(GPT2_NAMES)}, '
+                        'or a folder with config.json and model.safetensors')
     if c['decay_lr'] and c['min_lr'] > c['learning_rate']:
         problems.append(f'min_lr={c["min_lr"]} is above learning_rate={c["learning_rate"]}')
     return problems
@@ -218,14 +221,30 @@ def divide(gradient_accumulation_steps, batch_size, rank, world_size):
 # -----------------------------------------------------------------------------
 # optimization
 
-def make_model(c, vocab_size, run, part=0, parts=1):
-    """Return the GPT that settings c describe, on the run's device, which sees part `part` of the rows of a batch."""
+def load_gpt2(init_from, block_size, dropout, run):
+    """Return the GPT-2 named by init_from, one of GPT2_NAMES or a folder; rank 0 downloads, the others wait."""
+    try:
+        if init_from in GPT2_NAMES and run.is_main:
+            gpt2_folder(init_from)
+        run.barrier()
+        folder = gpt2_folder(init_from) if init_from in GPT2_NAMES else init_from
+        return GPT.from_pretrained(folder, block_size, dropout)
+    except (ValueError, OSError) as e:
+        fail(f'--init_from={init_from}: {e}')
+
+
+def new_model(c, vocab_size):
+    """Return a new GPT of the shape in settings c; GPT-2's vocabulary is padded to a multiple of 64, for speed."""
     shape = {f.name: c[f.name] for f in dataclasses.fields(GPTConfig) if f.name in c}
-    model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(run.device)
+    return GPT(GPTConfig(vocab_size=50304 if vocab_size == 50257 else vocab_size, **shape))
+
+
+def place_model(model, run, part, parts):
+    """Return model on the run's device, told that it sees part `part` of `parts` of the rows of each micro-batch."""
     for module in model.modules():
         if isinstance(module, Dropout):
             module.part, module.parts = part, parts
-    return model
+    return model.to(run.device)
 
 
 def compile_model(model, rows, run):
@@ -245,19 +264,23 @@ def compile_model(model, rows, run):
     return compiled
 
 
-def make_optimizers(model, run, optimizer, learning_rate, weight_decay, betas, muon_lr, muon_momentum):
-    """Return the list of optimizers that together update every parameter; lr_max in a group is its highest rate."""
-    matrices = list(model.transformer.h.parameters()) if optimizer == 'muon' else []
+def make_optimizers(model, run, c):
+    """Return the optimizers that settings c name, which together update every parameter once.
+
+    lr_max in a parameter group is its highest learning rate, which train_step multiplies with the schedule's factor.
+    """
+    matrices = list(model.transformer.h.parameters()) if c['optimizer'] == 'muon' else []
     matrices = [p for p in matrices if p.dim() == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     decay, no_decay = [p for p in rest if p.dim() >= 2], [p for p in rest if p.dim() < 2]
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
+    groups = [dict(params=decay, weight_decay=c['weight_decay']), dict(params=no_decay, weight_decay=0.0)]
     for name, params in (('decayed', decay + matrices), ('not decayed', no_decay)):
         run.print(f'{len(params)} {name} tensors, {sum(p.numel() for p in params):,} parameters')
     # fused: one pass over the parameters instead of a dozen
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=c['learning_rate'], betas=(c['beta1'], c['beta2']), fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
+        optimizers.append(torch.optim.Muon(matrices, lr=c['muon_lr'], momentum=c['muon_momentum'],
+                                           weight_decay=c['weight_decay']))
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr_max'] = group['lr']
@@ -363,8 +386,10 @@ def encode_prompt(tokenizer, text, device='cpu'):
     """Return text as idx (1, T); an empty text as end-of-text, or a newline where there is no such token."""
     if text:
         ids = tokenizer.encode(text)
+    elif tokenizer.eot is not None:
+        ids = [tokenizer.eot]
     else:
-        ids = [tokenizer.eot if tokenizer.eot is not None else tokenizer.encode('\n')[0] if '\n' in tokenizer.chars else 0]
+        ids = tokenizer.encode('\n') if '\n' in tokenizer.chars else [0]
     return torch.tensor(np.array(ids, dtype=np.int64), device=device)[None]
 
 
@@ -413,7 +438,8 @@ def load_checkpoint(path):
 def keep_old_run(out_dir, run):
     """Rename the files of an earlier run in out_dir, by its iteration and time, so that a new one destroys nothing."""
     old = os.path.join(out_dir, 'ckpt.pt')
-    names = [f for f in ('ckpt.pt', 'model.pth', 'metrics.jsonl', 'loss.png') if os.path.exists(os.path.join(out_dir, f))]
+    names = ['ckpt.pt', 'model.pth', 'metrics.jsonl', 'loss.png']
+    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return
     stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(os.path.join(out_dir, names[0]))))
@@ -529,27 +555,35 @@ def main(config, checkpoint=None):
             if prompt != _defaults['sample_prompt']:
                 fail(f'--sample_prompt={prompt}: {e}')
             prompt = ''
-            run.print(f'sample_prompt {sample_prompt!r} cannot be written in this vocabulary: samples start from nothing')
+            run.print(f'note: {sample_prompt!r} cannot be written in this vocabulary, samples start from nothing')
 
-    # model; GPT-2's vocabulary is padded to a multiple of 64, which matrix products like
-    model = make_model(config, 50304 if meta['vocab_size'] == 50257 else meta['vocab_size'], run, part, parts)
+    # model
     if checkpoint:
-        shape, saved = dataclasses.asdict(model.config), checkpoint['model_args']
-        problems = [f'{k}={shape[k]} but the checkpoint has {k}={saved[k]}'
-                    for k in shape if k in saved and k != 'dropout' and shape[k] != saved[k]]
-        problems += [f"data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}"
-                     for k, v in checkpoint['data'].items() if data[k] != v]
-        if problems:
+        model = GPT(GPTConfig(**checkpoint['model_args'] | {'dropout': dropout}))
+        model.load_state_dict(checkpoint['model'])
+        if problems := [f'data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}'
+                        for k, v in checkpoint['data'].items() if data[k] != v]:
             fail(*problems)
+    elif init_from == 'scratch':
+        model = new_model(config, meta['vocab_size'])
+    else:
+        model = load_gpt2(init_from, block_size, dropout, run)
+    shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k in config}
+    if problems := [f'{k}={config[k]} but the model of init_from={init_from} has {k}={shape[k]}'
+                    for k in shape if k in _given and k != 'dropout' and config[k] != shape[k]]:
+        fail(*problems)
+    if model.config.vocab_size not in (meta['vocab_size'], 50304 if meta['vocab_size'] == 50257 else None):
+        fail(f'data/{dataset} has a vocabulary of {meta["vocab_size"]}, the model one of {model.config.vocab_size}')
+    config = config | shape
+    model = place_model(model, run, part, parts)
     run.print(model)
     run.print(f'{model.num_params():,} parameters without position embeddings')
-    optimizers = make_optimizers(model, run, optimizer, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_momentum)
+    optimizers = make_optimizers(model, run, config)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
 
     iter_num, best_val_loss, train_seconds = 0, math.inf, 0.0
     if checkpoint:
         iter_num, best_val_loss, train_seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'train_seconds'))
-        model.load_state_dict(checkpoint['model'])
         for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
             # the state is the checkpoint's, the rates, decays and betas are the settings'
             hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
@@ -565,7 +599,7 @@ def main(config, checkpoint=None):
     resumed_at = iter_num if init_from == 'resume' else -1
     last_iter = min(max_iters, iter_num + train_iters) if train_iters else max_iters
     if iter_num >= last_iter and resumed_at >= 0 and not eval_only:
-        run.print(f'nothing to do: the run is at step {iter_num} of max_iters={max_iters}, go on with a larger --max_iters')
+        run.print(f'nothing to do: the run is at step {iter_num} of max_iters={max_iters}, raise --max_iters to go on')
         return run.close()
 
     if eval_only:
@@ -576,7 +610,7 @@ def main(config, checkpoint=None):
     # files
     if run.is_main:
         os.makedirs(out_dir, exist_ok=True)
-        if init_from == 'scratch':
+        if init_from != 'resume':
             keep_old_run(out_dir, run)
         metrics = Metrics(config, iter_num)
         remember_run(out_dir)
@@ -617,14 +651,15 @@ def main(config, checkpoint=None):
             train_loss, val_loss = (evaluate(model, t, eval_iters, batch_size, run) for t in (train_tokens, val_tokens))
             best = val_loss < best_val_loss
             best_val_loss = min(val_loss, best_val_loss)
-            run.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} best_val_loss={best_val_loss:.4f} '
-                      f'train_seconds={train_seconds:.1f} (evaluated in {time.perf_counter() - t1:.1f} s)')
+            run.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} '
+                      f'best_val_loss={best_val_loss:.4f} train_seconds={train_seconds:.1f} '
+                      f'(evaluated in {time.perf_counter() - t1:.1f} s)')
             if run.is_main:
                 metrics.write(step=it, train_loss=train_loss, val_loss=val_loss, train_seconds=train_seconds)
                 plot_losses(out_dir)
                 if sample_tokens:
-                    print(f'--- sample at step {it} ---\n{sample_text(model, tokenizer, prompt, sample_tokens, run, it)}\n---',
-                          flush=True)
+                    text = sample_text(model, tokenizer, prompt, sample_tokens, run, it)
+                    print(f'--- sample at step {it} ---\n{text}\n---', flush=True)
                 if it and (best or always_save_checkpoint):
                     save('model.pth', val_loss=val_loss)
         if run.is_main and it != resumed_at and (it and due or it == last_iter or stop):
@@ -648,8 +683,8 @@ def main(config, checkpoint=None):
             loss, norm, dtf, dtb, stop = train_step(step_model, optimizers, scaler, run, batches, grad_clip, factor,
                                                     stop=bool(signals))
         except NotFinite as e:
-            fail(f'{e} at iteration {it}: stopped before the weights changed, {os.path.join(out_dir, "ckpt.pt")} is as it '
-                 'was', code=1)
+            fail(f'{e} at iteration {it}: stopped before the weights changed, the last checkpoint in {out_dir} is as '
+                 'it was', code=1)
         it += 1
 
         # log

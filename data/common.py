@@ -5,6 +5,7 @@ A dataset is a folder data/NAME with train.bin and val.bin (token ids, uint16 un
 header) and meta.json (tokenizer, vocab_size, dtype, counts, source).
 """
 import codecs
+import glob
 import hashlib
 import json
 import os
@@ -174,8 +175,8 @@ def shakespeare():
         except DownloadError as e:
             fail(f'no Shakespeare: {reason}; {e}. Get {TINYSHAKESPEARE["url"]} by other means and give it to '
                  'python data/shakespeare_char/prepare.py (or data/shakespeare/prepare.py) as --input=FILE')
-    print('*' * 100, 'NOTE: this is not tinyshakespeare. It could not be downloaded, so the texts of the Python package',
-          f'{SHAKESPEARE_PACKAGE[0]} are used: also Shakespeare, but five times as much text with other characters.',
+    print('*' * 100, 'NOTE: this is not tinyshakespeare, which could not be downloaded. The texts of the Python package',
+          f'{SHAKESPEARE_PACKAGE[0]} take its place: also Shakespeare, but five times as much, in other characters.',
           'Losses DO NOT COMPARE with those in the README, or anywhere else, for tinyshakespeare.', '*' * 100,
           sep='\n', file=sys.stderr, flush=True)
     return packaged
@@ -258,6 +259,35 @@ def tokenizer_from_dict(d):
     if d['kind'] == 'gpt2':
         return GPT2Tokenizer()
     raise ValueError(f'unknown tokenizer {d["kind"]!r}')
+
+
+# -----------------------------------------------------------------------------
+# OpenAI's GPT-2
+
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
+
+def gpt2_folder(name):
+    """Return the folder with config.json and model.safetensors of one of GPT2_NAMES, downloading them if need be.
+
+    Hugging Face's own cache ($HF_HOME) is used where it has them, else data/gpt2_weights. HF_ENDPOINT names a mirror.
+    """
+    files = ('config.json', 'model.safetensors')
+    hub = os.path.join(os.environ.get('HF_HOME', os.path.expanduser('~/.cache/huggingface')), 'hub')
+    for repository in (f'models--openai-community--{name}', f'models--{name}'):
+        for folder in glob.glob(os.path.join(hub, repository, 'snapshots', '*')):
+            if all(os.path.exists(os.path.join(folder, f)) for f in files):
+                return folder
+    folder = os.path.join(DATA_DIR, 'gpt2_weights', name)
+    endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
+    for f in files:
+        url, path = f'{endpoint}/openai-community/{name}/resolve/main/{f}', os.path.join(folder, f)
+        if not os.path.exists(path):
+            try:
+                download(path, [lambda: fetch(url)])
+            except DownloadError as e:
+                fail(f'no weights of {name}: {e}. Get {url} by other means and save it as {path}')
+    return folder
 
 
 # -----------------------------------------------------------------------------

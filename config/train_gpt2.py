@@ -1,0 +1,21 @@
+# GPT-2 (124M) on OpenWebText, ~0.5M tokens an update: nanoGPT's reproduction of OpenAI's val loss
+#     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
+# not run: no GPU was at hand
+out_dir = 'out-gpt2'
+dataset = 'openwebtext'
+eval_interval = 1000
+eval_iters = 200
+sample_prompt = 'Hello, I am a language model,'
+
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 40
+n_layer = 12
+n_head = 12
+n_embd = 768
+
+learning_rate = 6e-4
+max_iters = 600000  # 300B tokens
+min_lr = 6e-5
+warmup_iters = 2000
