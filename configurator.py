@@ -85,6 +85,8 @@ def configure(namespace, argv=None, saved=None):
     that apply before all arguments. Every problem is reported, then the process exits with code 2. The names that
     arguments gave a value to are left in the namespace as `_given`.
     """
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # no terminal is too old for a character in a sample
     argv = sys.argv[1:] if argv is None else argv
     script = namespace['__file__']
     # a second call starts from the defaults again

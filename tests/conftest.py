@@ -1,0 +1,109 @@
+"""
+Tests run on a copy of the scripts in a temporary folder, offline, on the CPU, on text that comes with Python.
+"""
+import json
+import math
+import os
+import pydoc_data.topics
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+import train
+from configurator import Run, configure
+from data import common
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=4', '--block_size=32', '--eval_iters=2',
+        '--eval_interval=5', '--log_interval=1', '--max_iters=10', '--sample_tokens=4', '--dataset=topics',
+        '--warmup_iters=2', '--dropout=0.2', '--dtype=float32']
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+    """The path of 150,000 characters of Python's own documentation."""
+    path = tmp_path_factory.mktemp('text') / 'topics.txt'
+    topics = pydoc_data.topics.topics
+    whole = re.sub(r'[^\x00-\x7f]', '', ''.join(topics[k] for k in sorted(topics)))
+    path.write_text(whole[:150_000], encoding='utf-8')
+    return path
+
+
+@pytest.fixture(scope='session', autouse=True)
+def project(tmp_path_factory, text):
+    """A copy of the scripts that holds the dataset `topics`; the imported modules use its data and checkpoints.log."""
+    folder = tmp_path_factory.mktemp('project')
+    for name in os.listdir(ROOT):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(ROOT, name), folder)
+    shutil.copytree(os.path.join(ROOT, 'config'), folder / 'config')
+    shutil.copytree(os.path.join(ROOT, 'data'), folder / 'data',
+                    ignore=shutil.ignore_patterns('*.bin', 'meta.json', '*.txt', '__pycache__', 'gpt2_weights'))
+    common.DATA_DIR = str(folder / 'data')
+    train.HERE = str(folder)
+    common.write_dataset('topics', str(text), 'char')
+    return folder
+
+
+@pytest.fixture
+def run():
+    return Run(torch.device('cpu'), torch.float32, False, 0, 0, 1, seed=1)
+
+
+@pytest.fixture
+def train_run(tmp_path):
+    """A function that runs train.main in this process on a tiny model and returns the checkpoint it leaves."""
+    def go(*arguments, out=tmp_path / 'out'):
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        arguments = [*([] if '--init_from=resume' in arguments else TINY), f'--out_dir={out}', *arguments]
+        try:
+            config = configure(vars(train), arguments)
+            checkpoint = None
+            if train.init_from == 'resume':
+                checkpoint = train.load_checkpoint(os.path.join(out, 'ckpt.pt'))
+                saved = {k: v for k, v in checkpoint['config'].items() if k not in train.OF_THIS_PROCESS}
+                config = configure(vars(train), arguments, saved)
+            train.main(config, checkpoint)
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+        return torch.load(os.path.join(out, 'ckpt.pt'), weights_only=True)
+    return go
+
+
+def metrics(out):
+    """(rows of logged steps, rows of evaluations) in out/metrics.jsonl."""
+    with open(os.path.join(out, 'metrics.jsonl'), encoding='utf-8') as f:
+        rows = [json.loads(line) for line in f]
+    return [r for r in rows if 'loss' in r], [r for r in rows if 'val_loss' in r]
+
+
+def script(project, *command, nproc=0, cwd=None, code=0, env=None):
+    """Run a script of the project copy, under torchrun with nproc processes; return (stdout, stderr)."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}'] if nproc else []
+    done = subprocess.run([sys.executable, *launcher, str(project / command[0]), *map(str, command[1:])],
+                          capture_output=True, text=True, cwd=cwd or project, timeout=100, env=os.environ | (env or {}))
+    assert done.returncode == code, f'exit code {done.returncode}\n{done.stdout}\n{done.stderr}'
+    return done.stdout, done.stderr
+
+
+def unigram_entropy(text):
+    counts = Counter(text)
+    return -sum(n / len(text) * math.log(n / len(text)) for n in counts.values())
+
+
+def same_tensors(a, b):
+    """Whether two nested structures are equal, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tensors, a, b))
+    return a == b

