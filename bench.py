@@ -10,7 +10,6 @@ import time
 _started = time.perf_counter()
 
 import json
-import os
 import resource
 import statistics
 import sys
@@ -18,9 +17,10 @@ import sys
 import torch
 
 from configurator import configure, fail, peak_flops, setup
+from model import GPT
 from train import *
-from train import Tokens, check_settings, compile_model, divide, make_optimizers, new_model, open_dataset, place_model, \
-    train_step
+from train import check_settings, compile_model, divide, make_optimizers, model_shape, open_dataset, \
+    place_model, train_step
 
 # -----------------------------------------------------------------------------
 # settings
@@ -62,12 +62,11 @@ def main(config):
     micro_batches, part, parts = divide(gradient_accumulation_steps, batch_size, run.rank, run.world_size)
     rows = batch_size // parts
     if real_tokens:
-        folder, meta = open_dataset(dataset, run)
-        tokens = Tokens(os.path.join(folder, 'train.bin'), block_size, meta['dtype'])
+        meta, tokens, _ = open_dataset(dataset, block_size, run)
         vocab_size = meta['vocab_size']
     else:
         vocab_size = 65 if dataset.endswith('_char') else 50257
-    model = place_model(new_model(config, vocab_size), run, part, parts)
+    model = place_model(GPT(model_shape(config, vocab_size)), run, part, parts)
     optimizers = make_optimizers(model, run, config)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     t0 = time.perf_counter()

@@ -10,6 +10,7 @@ The only file that knows torchrun's environment variables.
 """
 import ast
 import contextlib
+import datetime
 import difflib
 import hashlib
 import os
@@ -92,12 +93,18 @@ def configure(namespace, argv=None, saved=None):
     # a second call starts from the defaults again
     defaults = namespace.setdefault('_defaults', {k: v for k, v in namespace.items() if is_key(k, v)})
     config = dict(defaults)
-    config.update((k, v) for k, v in (saved or {}).items() if k in defaults)
     if '--help' in argv or '-h' in argv:
         print_help(script, defaults)
         raise SystemExit(0)
 
-    problems, given = [], set()
+    problems = []
+    for key, value in (saved or {}).items():
+        if key in defaults:
+            try:
+                config[key] = convert(key, value, defaults[key])
+            except ValueError as e:
+                problems.append(f'saved settings: {e}')
+    given = set()
 
     def override(key, value, origin):
         if key not in defaults:
@@ -218,14 +225,17 @@ class Run:
         return torch.Generator(device).manual_seed(self.derive_seed(stream, *index))
 
     def all_reduce(self, tensor):
-        """Sum `tensor` over all processes, in place."""
+        """Sum `tensor` over all processes, in place; exit code 1 where one of them is gone or hangs."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            try:
+                dist.all_reduce(tensor)
+            except RuntimeError as e:
+                fail(f'another process has ended, or has not answered within timeout_s: {str(e).splitlines()[0]}', code=1)
         return tensor
 
     def barrier(self):
-        if self.world_size > 1:
-            dist.barrier()
+        """Wait until all processes are here."""
+        self.all_reduce(torch.zeros(1, device=self.device)).item()  # .item() waits on a GPU too
 
     def close(self):
         if self.world_size > 1:
@@ -251,11 +261,12 @@ def pick_device(device):
     return device
 
 
-def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337):
+def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, deterministic=False, timeout_s=1800):
     """Return the Run for these settings, after one printed line that says what is used.
 
     device: auto | cpu | cuda | cuda:N | mps. dtype: auto | float32 | bfloat16 | float16.
     compile: auto | True | False. backend of torch.distributed: auto | nccl | gloo.
+    deterministic: the same bits from the same work on a GPU too. timeout_s: how long one process waits for another.
     'auto' chooses for the machine; anything else is done, or refused with exit code 2. One process, or one of
     many under torchrun.
     """
@@ -283,6 +294,9 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     if kind == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
     if kind == 'cpu' and local_world_size > 1 and os.environ.get('OMP_NUM_THREADS') == '1':
         # torchrun's own default is one thread a process; share all cores instead
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size)
@@ -306,7 +320,8 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
         compile = kind == 'cuda'  # on a CPU it costs half a minute and gains little
 
     if world_size > 1:
-        dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+        dist.init_process_group(backend, device_id=device if backend == 'nccl' else None,
+                                timeout=datetime.timedelta(seconds=timeout_s))
     torch.manual_seed(seed)
     run = Run(device, getattr(torch, dtype), compile, rank, local_rank, world_size, seed)
     name = torch.cuda.get_device_name() if kind == 'cuda' else \

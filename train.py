@@ -12,8 +12,10 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -28,7 +30,8 @@ from model import GPT, Dropout, GPTConfig
 
 # files
 out_dir = 'out'  # for checkpoints and metrics, relative to where you stand
-init_from = 'scratch'  # scratch | resume (out_dir/ckpt.pt, with its settings) | gpt2, -medium, -large, -xl | a folder
+init_from = 'scratch'  # scratch | resume | auto: resume if there is what to | gpt2, -medium, -large, -xl | a folder
+ckpt = 'ckpt.pt'  # what in out_dir to resume from, with its settings where you give none; ckpt_prev.pt is one save older
 # evaluation and logging
 eval_interval = 250  # updates between evaluations; each also samples, and saves ckpt.pt
 eval_iters = 200  # batches of each split in an evaluation, 0: the whole split
@@ -46,6 +49,7 @@ dataset = 'shakespeare_char'  # a folder in data/
 gradient_accumulation_steps = 1  # micro-batches in an update, over all processes together
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
+skip_batches = 0  # jump over so many updates' worth of data, say a bad stretch, from where this process begins
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -79,6 +83,8 @@ decay_frac = 0.4  # the part of lr_decay_iters that decays, for lr_schedule=line
 min_lr = 1e-4  # where it ends
 # machine
 seed = 1337
+deterministic = False  # the same bits in every run on a GPU as well, where some operations get slower
+timeout_s = 1800  # a process that hears nothing from another for so long ends
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # auto (what the device is fastest in) | float32 | bfloat16 | float16
 compile = 'auto'  # torch.compile: auto (on cuda) | True | False
@@ -87,8 +93,9 @@ peak_tflops = 0.0  # of one device, for mfu; 0: from a table, or measured
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHECKPOINT_FORMAT = 1
+MAX_OVERFLOWS = 30  # in a row: GradScaler has then halved its scale 30 times, for nothing
 # what a resumed process does not take from the checkpoint
-OF_THIS_PROCESS = ('init_from', 'out_dir', 'train_iters', 'eval_only')
+OF_THIS_PROCESS = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only', 'skip_batches')
 LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
   dt       seconds per step                    dtf, dtb     of it in forward and backward
@@ -103,9 +110,9 @@ def check_settings(c):
     problems = []
     ranges = {
         'at least 1': (lambda v: v >= 1, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size '
-                                         'n_layer n_head n_embd'),
+                                         'n_layer n_head n_embd timeout_s'),
         'at least 0': (lambda v: v >= 0, 'eval_iters sample_tokens max_iters train_iters warmup_iters lr_decay_iters '
-                                         'weight_decay grad_clip min_lr peak_tflops softcap seed'),
+                                         'weight_decay grad_clip min_lr peak_tflops softcap seed skip_batches'),
         'positive': (lambda v: v > 0, 'learning_rate muon_lr'),
         'at least 0 and below 1': (lambda v: 0 <= v < 1, 'dropout beta1 beta2 muon_momentum'),
         'above 0 and at most 1': (lambda v: 0 < v <= 1, 'decay_frac'),
@@ -116,37 +123,80 @@ def check_settings(c):
                'activation': 'gelu gelu_tanh relu2', 'norm': 'layernorm rmsnorm'}
     problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items()
                  if c[k] not in v.split()]
-    if c['n_head'] >= 1 and c['n_embd'] % c['n_head']:
+    if min(c['n_head'], c['n_embd']) < 1:
+        return problems  # what follows divides by them
+    if c['n_embd'] % c['n_head']:
         problems.append(f'n_embd={c["n_embd"]} is not a multiple of n_head={c["n_head"]}')
-    if c['init_from'] not in ('scratch', 'resume', *GPT2_NAMES) and not os.path.isdir(c['init_from']):
-        problems.append(f'init_from={c["init_from"]}: init_from is one of scratch, resume, {", ".join(GPT2_NAMES)}, '
+    if c['rotary'] and not c['n_embd'] % c['n_head'] and c['n_embd'] // c['n_head'] % 2:
+        problems.append(f'n_embd/n_head={c["n_embd"] // c["n_head"]} is odd: rotary=True turns pairs of channels')
+    if c['init_from'] not in ('scratch', 'resume', 'auto', *GPT2_NAMES) and not os.path.isdir(c['init_from']):
+        problems.append(f'init_from={c["init_from"]}: init_from is one of scratch, resume, auto, '
+                        f'{", ".join(GPT2_NAMES)}, '
                         'or a folder with config.json and model.safetensors')
     if c['decay_lr'] and c['min_lr'] > c['learning_rate']:
         problems.append(f'min_lr={c["min_lr"]} is above learning_rate={c["learning_rate"]}')
     return problems
 
 
+def settings(argv=None):
+    """Return the dict of settings from the command line, and the checkpoint to resume from, or None."""
+    config = configure(globals(), argv)
+    if problems := check_settings(config):
+        fail(*problems)
+    if init_from == 'auto':
+        globals()['init_from'] = config['init_from'] = 'resume' if os.path.exists(os.path.join(out_dir, ckpt)) else 'scratch'
+    if init_from != 'resume':
+        if skip_batches or ckpt != 'ckpt.pt':
+            fail('--skip_batches and --ckpt are for --init_from=resume')
+        return config, None
+    checkpoint = load_checkpoint(os.path.join(out_dir, ckpt))
+    saved = {k: v for k, v in checkpoint['config'].items() if k not in OF_THIS_PROCESS}
+    config = configure(globals(), argv, saved)
+    globals()['init_from'] = config['init_from'] = 'resume'
+    if problems := check_settings(config):
+        fail(*problems)
+    return config, checkpoint
+
+
 # -----------------------------------------------------------------------------
 # data
 
-def open_dataset(name, run):
-    """Return (folder, meta) of the dataset `name`; prepares a missing Shakespeare, fails on any other missing one."""
+def open_dataset(name, block_size, run):
+    """Return (meta, train, val) of the dataset `name`: its meta.json and its Tokens.
+
+    Prepares a missing Shakespeare; fails on any other missing dataset and on files that contradict each other.
+    """
     folder = os.path.join(HERE, 'data', name)
+    if os.path.dirname(os.path.abspath(folder)) != os.path.join(HERE, 'data'):
+        fail(f'dataset={name}: dataset is the name of a folder in data/')
     files = [os.path.join(folder, f) for f in ('train.bin', 'val.bin', 'meta.json')]
     missing = [f for f in files if not os.path.exists(f)]
-    script = os.path.join('data', name, 'prepare.py')
+    script = f'data/{name}/prepare.py'
     if missing and name in ('shakespeare_char', 'shakespeare'):
         run.print(f'no {os.path.basename(missing[0])} in data/{name} yet: running {script}')
         if run.is_main:
             importlib.import_module(f'data.{name}.prepare').main()
         run.barrier()  # the others wait for rank 0
         missing = [f for f in files if not os.path.exists(f)]
+    if not os.path.exists(os.path.join(HERE, script)):
+        script = f'data/text/prepare.py --input=FILE --name={name}'
     if missing:
-        if not os.path.exists(os.path.join(HERE, script)):
-            script = f'data/text/prepare.py --input=FILE --name={name}'
         fail(f'no {os.path.basename(missing[0])} in data/{name}: run python {script}')
-    with open(files[-1], encoding='utf-8') as f:
-        return folder, json.load(f)
+    try:
+        with open(files[2], encoding='utf-8') as f:
+            meta = json.load(f)
+        tokenizer_vocab = len(meta['tokenizer']['chars']) if meta['tokenizer']['kind'] == 'char' else 50257
+        if tokenizer_vocab != meta['vocab_size'] or meta['dtype'] not in ('uint16', 'uint32'):
+            raise ValueError('vocab_size or dtype is wrong')
+        counts, _ = (meta['tokens']['train'], meta['tokens']['val']), meta['sha256']
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f'{files[2]} is damaged ({type(e).__name__}: {e}): run python {script}')
+    splits = [Tokens(path, block_size, meta['dtype'], meta['vocab_size']) for path in files[:2]]
+    for tokens, count in zip(splits, counts):
+        if tokens.n != count:
+            fail(f'{tokens.path} has {tokens.n:,} tokens instead of {count:,}: run python {script}')
+        tokens.check()
+    return meta, *splits
 
 
 class Tokens:
@@ -156,10 +206,13 @@ class Tokens:
     shrinks under us is an error instead of a SIGBUS.
     """
 
-    def __init__(self, path, block_size, dtype='uint16'):
-        self.path, self.block_size, self.dtype = path, block_size, np.dtype(dtype)
+    def __init__(self, path, block_size, dtype='uint16', vocab_size=2**32):
+        self.path, self.block_size, self.dtype, self.vocab_size = path, block_size, np.dtype(dtype), vocab_size
         self.file = os.open(path, os.O_RDONLY)
-        self.n = os.fstat(self.file).st_size // self.dtype.itemsize
+        size = os.fstat(self.file).st_size
+        if size % self.dtype.itemsize:
+            fail(f'{path}: {size} bytes are no whole number of {self.dtype.itemsize}-byte tokens, prepare the dataset anew')
+        self.n = size // self.dtype.itemsize
         if self.n < block_size + 1:
             fail(f'{path}: {self.n} tokens are fewer than block_size + 1 = {block_size + 1}, use --block_size')
         # a window less than fit, so that the windows of an epoch can start at any token
@@ -172,8 +225,20 @@ class Tokens:
         for row, start in zip(ids, starts):
             if os.preadv(self.file, [row], int(start) * self.dtype.itemsize) != row.nbytes:
                 fail(f'{self.path} ended at token {start}: it was cut short while in use', code=1)
+        if ids.max() >= self.vocab_size:
+            fail(f'{self.path}: token id {ids.max()} is outside the vocabulary of {self.vocab_size}, '
+                 'prepare the dataset anew', code=1)
         ids = torch.from_numpy(ids.astype(np.int64))
         return ids[:, :-1], ids[:, 1:]
+
+    def check(self):
+        """Fail where an id is outside the vocabulary: among the first 100M tokens, read checks the rest in passing."""
+        chunk = 1 << 20
+        for start in range(0, min(self.n, 100_000_000), chunk):
+            ids = np.frombuffer(os.pread(self.file, chunk * self.dtype.itemsize, start * self.dtype.itemsize), self.dtype)
+            if ids.max() >= self.vocab_size:
+                fail(f'{self.path}: token id {ids.max()} at position {start + ids.argmax()} is outside the vocabulary of '
+                     f'{self.vocab_size}, prepare the dataset anew')
 
     def train_batch(self, first, count, run):
         """Return x and y of sequences first, ..., first + count - 1 of an endless stream of training windows.
@@ -233,10 +298,10 @@ def load_gpt2(init_from, block_size, dropout, run):
         fail(f'--init_from={init_from}: {e}')
 
 
-def new_model(c, vocab_size):
-    """Return a new GPT of the shape in settings c; GPT-2's vocabulary is padded to a multiple of 64, for speed."""
+def model_shape(c, vocab_size):
+    """Return the GPTConfig that settings c describe; GPT-2's vocabulary is padded to a multiple of 64, for speed."""
     shape = {f.name: c[f.name] for f in dataclasses.fields(GPTConfig) if f.name in c}
-    return GPT(GPTConfig(vocab_size=50304 if vocab_size == 50257 else vocab_size, **shape))
+    return GPTConfig(vocab_size=50304 if vocab_size == 50257 else vocab_size, **shape)
 
 
 def place_model(model, run, part, parts):
@@ -404,54 +469,181 @@ def sample_text(model, tokenizer, prompt, n, run, it):
     return text
 
 
-def save_checkpoint(checkpoint, path):
-    """Write a checkpoint so that path is, at every moment, either the old one or the new one, whole."""
-    temporary = f'{path}.{os.getpid()}.tmp'
+def save_checkpoint(checkpoint, path, previous=None):
+    """Write a checkpoint so that path is, at every moment, either the old one or the new one, whole.
+
+    previous: another path, which becomes a second name of the old one. Exit code 1 where the disk refuses.
+    """
+    temporary = f'{path}.tmp'
+    folder = os.path.dirname(path) or '.'
     try:
         with open(temporary, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+        if previous and os.path.exists(path):
+            if os.path.exists(f'{previous}.tmp'):
+                os.remove(f'{previous}.tmp')
+            os.link(path, f'{previous}.tmp')
+            os.replace(f'{previous}.tmp', previous)
         os.replace(temporary, path)
-    except OSError as e:
-        fail(f'cannot write {path}: {e.strerror}', code=1)
-    finally:
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)  # the new name itself must survive a power cut
+        os.close(descriptor)
+    except (OSError, RuntimeError) as e:
+        # torch raises a RuntimeError of its own over the file's OSError
+        e = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(e, OSError):
+            raise
+        size = sum(t.numel() * t.element_size() for t in tensors_in(checkpoint))
+        free = shutil.disk_usage(folder).free
         if os.path.exists(temporary):
             os.remove(temporary)
+        fail(f'cannot write {path} ({e.strerror}): it takes {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; '
+             'the checkpoint before it is as it was', code=1)
 
 
-def load_checkpoint(path):
-    """Return the checkpoint at path, its tensors on the CPU; fails where it is none."""
-    if not os.path.exists(path):
-        fail(f'no {os.path.basename(path)} in {os.path.dirname(path) or "."}: train first, or give another --out_dir')
+def tensors_in(x):
+    """All tensors in nested dicts and lists."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    if isinstance(x, (dict, list, tuple)):
+        return [t for v in (x.values() if isinstance(x, dict) else x) for t in tensors_in(v)]
+    return []
+
+
+def read_checkpoint(path):
+    """Return the checkpoint at path, its tensors on the CPU; ValueError says what is wrong with it.
+
+    No code of the file is run, and nothing in it is used as a path.
+    """
+    if not os.path.isfile(path):
+        raise ValueError('it is no file')
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load would not notice
+                raise ValueError(f'{damaged} in it is damaged')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except zipfile.BadZipFile:
+        raise ValueError('it is cut short, damaged, or no checkpoint at all')
+    except ValueError:
+        raise
     except Exception as e:
-        fail(f'{path} is not a checkpoint: {str(e).splitlines()[0]}')
-    if not isinstance(checkpoint, dict) or 'model' not in checkpoint or 'model_args' not in checkpoint:
-        fail(f'{path} is not a checkpoint of quill: it has no model')
-    if checkpoint.get('format', 0) > CHECKPOINT_FORMAT:
-        fail(f'{path} has format {checkpoint["format"]}, newer than this quill reads ({CHECKPOINT_FORMAT})')
+        raise ValueError(f'torch refuses it: {str(e).splitlines()[0]}')
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'it holds a {type(checkpoint).__name__} instead of a dict')
+    if not isinstance(checkpoint.get('format', 0), int) or checkpoint.get('format', 0) > CHECKPOINT_FORMAT:
+        raise ValueError(f'its format {checkpoint["format"]} is newer than what this quill reads ({CHECKPOINT_FORMAT})')
+    if 'format' not in checkpoint:
+        adopt_nanogpt(checkpoint, path)
+    needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict, 'iter_num': int}
+    if 'val_loss' not in checkpoint:  # of model.pth; ckpt.pt has more
+        needed |= {'optimizer': list, 'scaler': dict, 'best_val_loss': float, 'train_seconds': float, 'data': dict,
+                   'skipped': int}
+    for key, kind in needed.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f'it has no {key}')
+    try:
+        with torch.device('meta'):
+            if checkpoint['model_args']['n_layer'] > len(checkpoint['model']):
+                raise ValueError('n_layer is too large')
+            expected = GPT(GPTConfig(**checkpoint['model_args'])).state_dict()
+        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in checkpoint['model'].items()}:
+            raise ValueError('other names or shapes')
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise ValueError(f'its weights do not fit its model_args ({e})')
     return checkpoint
 
 
-def keep_old_run(out_dir, run):
-    """Rename the files of an earlier run in out_dir, by its iteration and time, so that a new one destroys nothing."""
-    old = os.path.join(out_dir, 'ckpt.pt')
-    names = ['ckpt.pt', 'model.pth', 'metrics.jsonl', 'loss.png']
+def adopt_nanogpt(checkpoint, path):
+    """Turn a checkpoint of nanoGPT, in place, into one of ours that lacks the optimizer's state and data identity."""
+    try:
+        weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+        checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}  # the causal mask
+        checkpoint['best_val_loss'] = float(checkpoint['best_val_loss'])
+        name = checkpoint['config']['dataset']
+        if checkpoint['model_args']['vocab_size'] in (50257, 50304):
+            checkpoint['tokenizer'] = {'kind': 'gpt2'}
+        else:
+            with open(os.path.join(HERE, 'data', os.path.basename(name), 'meta.json'), encoding='utf-8') as f:
+                checkpoint['tokenizer'] = json.load(f)['tokenizer']
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError('it is a checkpoint neither of quill nor of nanoGPT')
+    except OSError:
+        raise ValueError(f'it is nanoGPT\'s and holds no tokenizer: prepare data/{os.path.basename(name)} first')
+    checkpoint.update(optimizer=[], scaler={}, train_seconds=0.0, data={}, skipped=0)
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'note: {path} is nanoGPT\'s: its weights and settings are used; it lacks the identity of its data, and its '
+              'optimizer starts anew')
+
+
+def load_checkpoint(path):
+    """Return read_checkpoint(path), or fail: with what is wrong, and the checkpoint to use instead."""
+    folder, name = os.path.split(path)
+    if not os.path.exists(path):
+        fail(f'no {name} in {folder or "."}: train first, or give another --out_dir')
+    try:
+        return read_checkpoint(path)
+    except ValueError as e:
+        hint = 'train anew, or give another --out_dir'
+        if name == 'model.pth':
+            hint = 'use --weights=last'
+        elif name == 'ckpt.pt' and os.path.exists(previous := os.path.join(folder, 'ckpt_prev.pt')):
+            try:
+                hint = f'ckpt_prev.pt is good (step {read_checkpoint(previous)["iter_num"]}), use --ckpt=ckpt_prev.pt'
+            except ValueError:
+                hint = 'ckpt_prev.pt is no good either'
+        fail(f'cannot use {path}: {e}; {hint}')
+
+
+def claim(out_dir):
+    """Make out_dir and take it for this process alone, or fail; returns the open lock file.
+
+    The lock ends with the process, however it ends, so a stale one blocks nobody.
+    """
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock = open(os.path.join(out_dir, 'run.lock'), 'a+')
+    except OSError as e:
+        fail(f'cannot write to --out_dir={out_dir}: {e.strerror}', code=1)
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        lock.seek(0)
+        fail(f'--out_dir={out_dir} is in use by process {lock.read().strip()}: give another --out_dir, or end that one')
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def check_space(out_dir, model):
+    """Fail where the disk has no room for what a run saves: at most three ckpt.pt and two model.pth at a time."""
+    n = 4 * sum(p.numel() for p in model.parameters())
+    names = [os.path.join(out_dir, f) for f in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
+    # AdamW keeps two numbers for each parameter
+    need = 3 * 3 * n + 2 * n - sum(os.path.getsize(f) for f in names if os.path.exists(f))
+    free = shutil.disk_usage(out_dir).free
+    if need > free:
+        fail(f'--out_dir={out_dir}: checkpoints will take {need / 1e6:.1f} MB more, {free / 1e6:.1f} MB are free', code=1)
+
+
+def keep_old_run(out_dir, names, run):
+    """Rename those files of an earlier run in out_dir, by its iteration and time, so that a new one destroys nothing."""
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return
     stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(os.path.join(out_dir, names[0]))))
-    if os.path.exists(old):
-        try:
-            stamp = f'{torch.load(old, weights_only=True, mmap=True)["iter_num"]}-{stamp}'
-        except Exception:
-            pass  # unreadable, but still not ours to destroy
+    try:
+        stamp = f'{read_checkpoint(os.path.join(out_dir, "ckpt.pt"))["iter_num"]}-{stamp}'
+    except ValueError:
+        pass  # unreadable, but still not ours to destroy
     for name in names:
         stem, extension = os.path.splitext(name)
-        kept = f'{stem}-{stamp}{extension}'
-        n = 1
+        kept, n = f'{stem}-{stamp}{extension}', 1
         while os.path.exists(os.path.join(out_dir, kept)):
             n += 1
             kept = f'{stem}-{stamp}-{n}{extension}'
@@ -535,14 +727,12 @@ def main(config, checkpoint=None):
     for key, module in (('wandb_log', 'wandb'), ('tensorboard', 'torch.utils.tensorboard')):
         if config[key]:
             optional_import(module, key)
-    run = setup(device, dtype, compile, backend, seed)
+    run = setup(device, dtype, compile, backend, seed, deterministic, timeout_s)
     micro_batches, part, parts = divide(gradient_accumulation_steps, batch_size, run.rank, run.world_size)
     rows = batch_size // parts
 
     # data
-    folder, meta = open_dataset(dataset, run)
-    train_tokens, val_tokens = (Tokens(os.path.join(folder, f'{split}.bin'), block_size, meta['dtype'])
-                                for split in ('train', 'val'))
+    meta, train_tokens, val_tokens = open_dataset(dataset, block_size, run)
     data = {'dataset': dataset, 'sha256': meta['sha256'], 'tokens': meta['tokens']}
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     run.print(f'{dataset}: {train_tokens.n:,} tokens to train on, {val_tokens.n:,} to validate, '
@@ -558,43 +748,55 @@ def main(config, checkpoint=None):
             run.print(f'note: {sample_prompt!r} cannot be written in this vocabulary, samples start from nothing')
 
     # model
+    pretrained = init_from not in ('scratch', 'resume')
     if checkpoint:
-        model = GPT(GPTConfig(**checkpoint['model_args'] | {'dropout': dropout}))
-        model.load_state_dict(checkpoint['model'])
-        if problems := [f'data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}'
-                        for k, v in checkpoint['data'].items() if data[k] != v]:
-            fail(*problems)
-    elif init_from == 'scratch':
-        model = new_model(config, meta['vocab_size'])
-    else:
+        shape = GPTConfig(**checkpoint['model_args'] | {'dropout': dropout})
+    elif pretrained:
         model = load_gpt2(init_from, block_size, dropout, run)
-    shape = {k: v for k, v in dataclasses.asdict(model.config).items() if k in config}
-    if problems := [f'{k}={config[k]} but the model of init_from={init_from} has {k}={shape[k]}'
-                    for k in shape if k in _given and k != 'dropout' and config[k] != shape[k]]:
+        shape = model.config
+    else:
+        shape = model_shape(config, meta['vocab_size'])
+    problems = [f'{k}={config[k]} but the model of init_from={init_from} has {k}={v}'
+                for k, v in dataclasses.asdict(shape).items() if k in _given and config[k] != v]
+    if shape.vocab_size not in (meta['vocab_size'], 50304 if meta['vocab_size'] == 50257 else None):
+        problems.append(f'data/{dataset} has a vocabulary of {meta["vocab_size"]}, the model one of {shape.vocab_size}')
+    if checkpoint:
+        problems += [f'data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}'
+                     for k, v in checkpoint['data'].items() if data.get(k) != v]
+    if problems:
         fail(*problems)
-    if model.config.vocab_size not in (meta['vocab_size'], 50304 if meta['vocab_size'] == 50257 else None):
-        fail(f'data/{dataset} has a vocabulary of {meta["vocab_size"]}, the model one of {model.config.vocab_size}')
-    config = config | shape
+    config = config | {k: v for k, v in dataclasses.asdict(shape).items() if k in config}
+    if run.is_main and not eval_only:
+        lock = claim(out_dir)  # held until this process ends
+    if not pretrained:
+        model = GPT(shape)
     model = place_model(model, run, part, parts)
     run.print(model)
     run.print(f'{model.num_params():,} parameters without position embeddings')
     optimizers = make_optimizers(model, run, config)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
 
-    iter_num, best_val_loss, train_seconds = 0, math.inf, 0.0
+    # skipped: updates' worth of data that --skip_batches has jumped over
+    iter_num, best_val_loss, train_seconds, skipped = 0, math.inf, 0.0, 0
     if checkpoint:
+        model.load_state_dict(checkpoint['model'])
         iter_num, best_val_loss, train_seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'train_seconds'))
-        for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+        skipped = checkpoint['skipped'] + skip_batches
+        if checkpoint['optimizer'] and len(checkpoint['optimizer']) != len(optimizers):
+            fail(f'optimizer={optimizer} but the checkpoint was trained with optimizer={checkpoint["config"]["optimizer"]}')
+        for opt, state in zip(optimizers, checkpoint['optimizer']):
             # the state is the checkpoint's, the rates, decays and betas are the settings'
             hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
             opt.load_state_dict(state)
             for group, values in zip(opt.param_groups, hyper):
                 group.update(values)
-        scaler.load_state_dict(checkpoint['scaler'])
+        if checkpoint['scaler'] and scaler.is_enabled():
+            scaler.load_state_dict(checkpoint['scaler'])
         changed = {k: (v, config[k]) for k, v in checkpoint['config'].items()
                    if k in config and k not in OF_THIS_PROCESS and config[k] != v}
-        run.print(f'resumed {os.path.join(out_dir, "ckpt.pt")} at step {iter_num}'
-                  + ''.join(f', {k}={new} (was {old})' for k, (old, new) in changed.items()))
+        run.print(f'resumed {os.path.join(out_dir, ckpt)} at step {iter_num}'
+                  + ''.join(f', {k}={new} (was {old})' for k, (old, new) in changed.items())
+                  + (f', {skipped} batches skipped' if skipped else ''))
         checkpoint = None  # frees its memory
     resumed_at = iter_num if init_from == 'resume' else -1
     last_iter = min(max_iters, iter_num + train_iters) if train_iters else max_iters
@@ -609,11 +811,24 @@ def main(config, checkpoint=None):
 
     # files
     if run.is_main:
-        os.makedirs(out_dir, exist_ok=True)
+        check_space(out_dir, model)
         if init_from != 'resume':
-            keep_old_run(out_dir, run)
+            keep_old_run(out_dir, ['ckpt.pt', 'ckpt_prev.pt', 'model.pth', 'metrics.jsonl', 'loss.png'], run)
+        elif ckpt != 'ckpt.pt':
+            keep_old_run(out_dir, ['ckpt.pt'], run)
         metrics = Metrics(config, iter_num)
         remember_run(out_dir)
+
+    # the first signal ends the run after the present step, a second Ctrl-C at once
+    signals = []
+
+    def on_signal(signum, frame):
+        # torchrun passes on the Ctrl-C that the terminal has sent to all: that is not a second one
+        if signals and signum == signal.SIGINT and time.monotonic() - signals[0][1] > 1:
+            os._exit(130)
+        signals.append((signum, time.monotonic()))
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
 
     step_model = compile_model(model, rows, run)
     peak = peak_tflops * 1e12 or peak_flops(run)
@@ -621,32 +836,23 @@ def main(config, checkpoint=None):
     sequences = gradient_accumulation_steps * batch_size  # in an update
     run.print(LEGEND)
 
-    # the first signal ends the run after the present step, a second Ctrl-C at once
-    signals = []
-
-    def on_signal(signum, frame):
-        if signals and signum == signal.SIGINT:
-            os._exit(130)
-        signals.append(signum)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
-
-    def save(name, **more):
+    def save(name, previous=None, **more):
         """Write the weights and what explains them to out_dir/name."""
         path = os.path.join(out_dir, name)
         save_checkpoint({'format': CHECKPOINT_FORMAT, 'model': model.state_dict(),
                          'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
-                         'tokenizer': tokenizer.to_dict(), **more}, path)
+                         'tokenizer': tokenizer.to_dict(), **more}, path, previous)
         run.print(f'saved {path} (step {it})')
 
     # the clock runs in steps only: t0 is when it last started, since is the step it then had
-    it, since, t0, stop = iter_num, iter_num, time.perf_counter(), False
+    it, since, t0, stop, overflows = iter_num, iter_num, time.perf_counter(), False, 0
     while True:
         # evaluate, sample, save
         due = (it % eval_interval == 0 or it == last_iter) and it != resumed_at
-        if due:
+        if due or stop:
             run.sync()
             train_seconds += time.perf_counter() - t0
+        if due:
             t1 = time.perf_counter()
             train_loss, val_loss = (evaluate(model, t, eval_iters, batch_size, run) for t in (train_tokens, val_tokens))
             best = val_loss < best_val_loss
@@ -662,9 +868,10 @@ def main(config, checkpoint=None):
                     print(f'--- sample at step {it} ---\n{text}\n---', flush=True)
                 if it and (best or always_save_checkpoint):
                     save('model.pth', val_loss=val_loss)
-        if run.is_main and it != resumed_at and (it and due or it == last_iter or stop):
-            save('ckpt.pt', optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
-                 best_val_loss=best_val_loss, train_seconds=train_seconds, data=data)
+        if run.is_main and (due and (it or it == last_iter) or stop):
+            save('ckpt.pt', previous=os.path.join(out_dir, 'ckpt_prev.pt'),
+                 optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
+                 best_val_loss=best_val_loss, train_seconds=train_seconds, data=data, skipped=skipped)
         if due:
             since, t0 = it, time.perf_counter()
 
@@ -675,7 +882,7 @@ def main(config, checkpoint=None):
         # step
         batches = []
         for micro in micro_batches:
-            first = (it * gradient_accumulation_steps + micro) * batch_size + part * rows
+            first = ((it + skipped) * gradient_accumulation_steps + micro) * batch_size + part * rows
             x, y = train_tokens.train_batch(first, rows, run)
             batches.append((run.derive_seed('dropout', it, micro), x.to(run.device), y.to(run.device)))
         factor = lr_factor(it, config)
@@ -686,6 +893,13 @@ def main(config, checkpoint=None):
             fail(f'{e} at iteration {it}: stopped before the weights changed, the last checkpoint in {out_dir} is as '
                  'it was', code=1)
         it += 1
+        if math.isfinite(norm):
+            overflows = 0
+        elif (overflows := overflows + 1) == MAX_OVERFLOWS:
+            fail(f'the gradient norm is not finite in {overflows} steps in a row, until iteration {it}: the last checkpoint '
+                 f'in {out_dir} is as it was', code=1)
+        else:
+            run.print(f'note: float16 overflow at iteration {it - 1}, step skipped ({overflows} in a row)')
 
         # log
         if it % log_interval == 0 or it == 1:
@@ -704,23 +918,18 @@ def main(config, checkpoint=None):
             run.print(' '.join(f'{k}={v:.6g}' if v is not None else f'{k}=n/a' for k, v in row.items() if k != 'eta'),
                       f'eta={clock}')
             if run.is_main:
-                metrics.write(**row)
+                metrics.write(**row | {'norm': norm if math.isfinite(norm) else None})  # JSON has no inf
 
     run.close()
     if stop:
         run.print(f'stopped by a signal at step {it}: go on with --init_from=resume')
-        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
+        raise SystemExit(128 + (signals[0][0] if signals else signal.SIGTERM))
     if it < max_iters:
         run.print(f'stopped after train_iters={train_iters} at step {it} of {max_iters}: go on with --init_from=resume')
 
 
 if __name__ == '__main__':
-    _config = configure(globals())
-    if _problems := check_settings(_config):
-        fail(*_problems)
-    _checkpoint = None
-    if init_from == 'resume':
-        _checkpoint = load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
-        _saved = {k: v for k, v in _checkpoint['config'].items() if k not in OF_THIS_PROCESS}
-        _config = configure(globals(), saved=_saved)
-    main(_config, _checkpoint)
+    try:
+        main(*settings())
+    except KeyboardInterrupt:  # before the loop, which handles it itself
+        fail('interrupted before training began', code=130)

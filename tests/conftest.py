@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train
-from configurator import Run, configure
+from configurator import Run
 from data import common
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -63,13 +63,7 @@ def train_run(tmp_path):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         arguments = [*([] if '--init_from=resume' in arguments else TINY), f'--out_dir={out}', *arguments]
         try:
-            config = configure(vars(train), arguments)
-            checkpoint = None
-            if train.init_from == 'resume':
-                checkpoint = train.load_checkpoint(os.path.join(out, 'ckpt.pt'))
-                saved = {k: v for k, v in checkpoint['config'].items() if k not in train.OF_THIS_PROCESS}
-                config = configure(vars(train), arguments, saved)
-            train.main(config, checkpoint)
+            train.main(*train.settings(arguments))
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
