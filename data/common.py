@@ -54,38 +54,44 @@ def write_atomic(path, chunks):
             os.remove(temporary)
 
 
-def fetch(url, size=None, sha256=None, timeout=20):
+def fetch(url, size=None, sha256=None, timeout=20, patience=60):
     """Yield the bytes at url, with a progress line; DownloadError where they are not what was asked for.
 
-    timeout, in seconds, bounds the wait for each part. size in bytes and sha256 are checked at the end, that is
-    before write_atomic gives the file its name.
+    timeout bounds the wait for each part, in seconds; after patience seconds the mean rate must be above 1 kB/s. size in
+    bytes and sha256 are checked at the end, that is before write_atomic gives the file its name.
     """
     import requests
-    name = url.rsplit('/', 1)[-1]
-    show = sys.stderr.isatty()
-    digest, received, last = hashlib.sha256(), 0, 0
+    import urllib3
+    name, show = url.rsplit('/', 1)[-1], sys.stderr.isatty()
+    digest, received, shown, started = hashlib.sha256(), 0, 0, time.monotonic()
     try:
-        with requests.get(url, stream=True, timeout=timeout) as response:
+        # identity: Content-Length then is the length of the file
+        with requests.get(url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'}) as response:
+            if url.startswith('https:') and not all(r.url.startswith('https:') for r in (*response.history, response)):
+                raise DownloadError(f'{url}: redirected from https to http')
             if response.status_code != 200:
                 raise DownloadError(f'{url}: HTTP status {response.status_code}')
-            # of the body as sent; a compressed one has another length than its content
-            length = response.headers.get('Content-Length')
-            encoded = response.headers.get('Content-Encoding', 'identity') != 'identity'
-            total = size or (int(length) if length and not encoded else None)
-            for chunk in response.iter_content(1 << 16):
+            length = response.headers.get('Content-Length', '')
+            total = size or (int(length) if length.isdigit() else None)
+            # read1 returns what has arrived instead of waiting for all of it; urllib3 has it since 2.0
+            read = getattr(response.raw, 'read1', response.raw.read)
+            while chunk := read(1 << 16):
                 digest.update(chunk)
                 received += len(chunk)
-                if size and received > size:
-                    raise DownloadError(f'{url}: more than the {size:,} bytes expected')
-                if show and time.monotonic() - last > 0.2:
-                    last = time.monotonic()
+                now = time.monotonic()
+                if total and received > total:
+                    raise DownloadError(f'{url}: more than the {total:,} bytes expected')
+                if now - started > patience and received < 1000 * (now - started):
+                    raise DownloadError(f'{url}: only {received:,} bytes in {now - started:.0f} s')
+                if show and now - shown > 0.2:
+                    shown = now
                     of = f' of {total / 1e6:.1f} MB, {100 * received / total:.0f}%' if total else ' MB'
                     print(f'\r{name}: {received / 1e6:.1f}{of} ', end='', file=sys.stderr, flush=True)
                 yield chunk
-    except requests.RequestException as e:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as e:
         raise DownloadError(f'{url}: {type(e).__name__}') from e
     finally:
-        if show and received:
+        if shown:
             print(file=sys.stderr)
     if total and received != total:
         raise DownloadError(f'{url}: {received:,} bytes instead of {total:,}')

@@ -78,13 +78,19 @@ def metrics(out):
     return [r for r in rows if 'loss' in r], [r for r in rows if 'val_loss' in r]
 
 
-def script(project, *command, nproc=0, cwd=None, code=0, env=None):
+def script(project, *command, nproc=0, cwd=None, code=0, env=None, torchrun=()):
     """Run a script of the project copy, under torchrun with nproc processes; return (stdout, stderr)."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}'] if nproc else []
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', *torchrun] if nproc else []
     done = subprocess.run([sys.executable, *launcher, str(project / command[0]), *map(str, command[1:])],
                           capture_output=True, text=True, cwd=cwd or project, timeout=100, env=os.environ | (env or {}))
     assert done.returncode == code, f'exit code {done.returncode}\n{done.stdout}\n{done.stderr}'
     return done.stdout, done.stderr
+
+
+def snapshot(*folders):
+    """{path: content} of all files below folders."""
+    return {os.path.join(d, f): open(os.path.join(d, f), 'rb').read()
+            for folder in folders for d, _, files in os.walk(folder) for f in files if '__pycache__' not in d}
 
 
 def unigram_entropy(text):

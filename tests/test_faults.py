@@ -1,0 +1,510 @@
+"""
+Faults on purpose: signals, kills, full disks, damaged files, hanging processes. The README's table of promises names
+these tests. `python -m pytest -m slow` runs the long versions.
+"""
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from conftest import TINY, metrics, same_tensors, script, snapshot
+from configurator import Run, configure
+from model import GPT, GPTConfig
+
+FAST = [*TINY, '--eval_iters=1', '--eval_interval=3', '--sample_tokens=0', '--max_iters=12']
+
+
+def start(project, *arguments, nproc=0, torchrun=(), **more):
+    """Start train.py of the project copy; returns the Popen with its stdout as text."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', *torchrun] if nproc else []
+    return subprocess.Popen([sys.executable, '-u', *launcher, str(project / 'train.py'), *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def wait_for(process, pattern):
+    """Read the process's stdout up to the line that matches, and return all that was read."""
+    seen = ''
+    for line in process.stdout:
+        seen += line
+        if re.search(pattern, line):
+            return seen
+    raise AssertionError(f'no {pattern} in\n{seen}\n{process.stderr.read()}')
+
+
+def equal_runs(a, b):
+    return all(same_tensors(a[k], b[k]) for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss', 'skipped'))
+
+
+def load(out, name='ckpt.pt'):
+    return torch.load(os.path.join(out, name), weights_only=True)
+
+
+# ---- exactness
+
+@pytest.fixture(scope='module')
+def four(project, tmp_path_factory):
+    """A folder with `whole`, a run of 4 processes, and `half`, its first 6 updates as a run of their own."""
+    folder = tmp_path_factory.mktemp('four')
+    more = ['--gradient_accumulation_steps=2', '--optimizer=muon', '--log_interval=1']
+    script(project, 'train.py', *FAST, *more, f'--out_dir={folder / "whole"}', nproc=4)
+    script(project, 'train.py', *FAST, *more, f'--out_dir={folder / "half"}', '--train_iters=6', nproc=4)
+    return folder
+
+
+def test_resume_in_four_processes_is_bit_identical(project, four, tmp_path):
+    shutil.copytree(four / 'half', tmp_path / 'out')
+    script(project, 'train.py', '--init_from=resume', f'--out_dir={tmp_path / "out"}', nproc=4)
+    assert equal_runs(load(tmp_path / 'out'), load(four / 'whole'))
+    assert [r['loss'] for r in metrics(tmp_path / 'out')[0]] == [r['loss'] for r in metrics(four / 'whole')[0]]
+
+
+def test_another_number_of_processes_continues_the_same_losses(project, four, train_run, tmp_path):
+    shutil.copytree(four / 'half', tmp_path / 'out')
+    expected = [r['loss'] for r in metrics(four / 'whole')[0]]
+    train_run('--init_from=resume', '--train_iters=3')  # 4 -> 1
+    script(project, 'train.py', '--init_from=resume', f'--out_dir={tmp_path / "out"}', nproc=2)  # 1 -> 2
+    assert [r['loss'] for r in metrics(tmp_path / 'out')[0]] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('nproc', [0, 2, 4])
+@pytest.mark.parametrize('more', [['--optimizer=adamw', '--gradient_accumulation_steps=4'], ['--optimizer=muon']])
+def test_stopped_anywhere_is_bit_identical(project, tmp_path, nproc, more):
+    script(project, 'train.py', *FAST, *more, f'--out_dir={tmp_path / "whole"}', nproc=nproc)
+    script(project, 'train.py', *FAST, *more, f'--out_dir={tmp_path / "parts"}', '--train_iters=5', nproc=nproc)
+    script(project, 'train.py', '--init_from=resume', f'--out_dir={tmp_path / "parts"}', '--train_iters=2', nproc=nproc)
+    script(project, 'train.py', '--init_from=resume', f'--out_dir={tmp_path / "parts"}', nproc=nproc)
+    assert same_tensors(load(tmp_path / 'whole')['model'], load(tmp_path / 'parts')['model'])
+    assert same_tensors(load(tmp_path / 'whole')['optimizer'], load(tmp_path / 'parts')['optimizer'])
+
+
+# ---- crashes
+
+def kill_and_resume(project, tmp_path, train_run, kills, seed):
+    """Kill a run at random moments, resume it each time; at the end it must equal the one that was left alone."""
+    rng = random.Random(seed)
+    arguments = [*FAST, '--max_iters=60', '--eval_interval=2', '--log_interval=1']
+    whole = train_run(*arguments, out=tmp_path / 'whole')
+    out = tmp_path / 'killed'
+    announced = 0
+    for i in range(kills):
+        process = start(project, *arguments, '--init_from=auto', f'--out_dir={out}')
+        seen = wait_for(process, r'^step=|nothing to do')
+        time.sleep(rng.uniform(0, 0.25))
+        process.kill()
+        seen += process.communicate()[0]
+        assert os.path.exists(out / 'ckpt.pt') or not announced
+        saved = [int(n) for n in re.findall(r'^saved \S+ckpt.pt \(step (\d+)\)$', seen, re.M)]
+        announced = max([announced, *saved])
+        if announced:
+            assert train.read_checkpoint(str(out / 'ckpt.pt'))['iter_num'] >= announced
+    train_run(*arguments, '--init_from=auto', out=out)
+    assert equal_runs(load(out), whole) and announced
+    rows = [{k: v for k, v in r.items() if k in ('step', 'loss', 'val_loss')} for part in metrics(out) for r in part]
+    assert rows == [{k: v for k, v in r.items() if k in ('step', 'loss', 'val_loss')}
+                    for part in metrics(tmp_path / 'whole') for r in part]
+
+
+def test_kill_9_loses_nothing_that_was_announced(project, tmp_path, train_run):
+    kill_and_resume(project, tmp_path, train_run, kills=3, seed=1)
+
+
+@pytest.mark.slow
+def test_kill_9_at_50_random_moments(project, tmp_path, train_run):
+    kill_and_resume(project, tmp_path, train_run, kills=50, seed=2)
+
+
+def test_the_previous_checkpoint_is_kept(train_run, tmp_path):
+    out = tmp_path / 'out'
+    train_run(*FAST, '--max_iters=9')
+    assert (load(out)['iter_num'], load(out, 'ckpt_prev.pt')['iter_num']) == (9, 6)
+    assert not [f for f in os.listdir(out) if f.endswith('.tmp')]
+
+
+def test_a_full_disk_ends_with_exit_code_1_and_the_old_checkpoint(project, train_run, tmp_path):
+    out = tmp_path / 'out'
+    train_run(*FAST, '--train_iters=3')
+    before = snapshot(out)
+    limit = os.path.getsize(out / 'ckpt.pt') // 2
+    process = start(project, '--init_from=resume', f'--out_dir={out}',
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    err = process.communicate()[1]
+    last = err.splitlines()[-1]
+    assert process.returncode == 1 and 'Traceback' not in err
+    assert re.match(rf'error: cannot write {out}/model.pth|error: cannot write {out}/ckpt.pt', last)
+    assert 'File too large' in last and re.search(r'takes [\d.]+ MB, [\d.]+ MB are free', last)
+    after = snapshot(out)
+    assert all(after[f] == before[f] for f in before if f.endswith(('ckpt.pt', 'ckpt_prev.pt')))
+    assert not [f for f in after if f.endswith('.tmp')] and load(out)['iter_num'] == 3
+
+
+def test_space_and_permission_are_checked_before_training(project, train_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(SystemExit) as e:
+        train_run(out=tmp_path / 'file' / 'out')
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and err.splitlines()[-1].startswith(f'error: cannot write to --out_dir={tmp_path}/file/out')
+    monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
+    with pytest.raises(SystemExit) as e:
+        train_run()
+    captured = capsys.readouterr()
+    assert e.value.code == 1 and '0.0 MB are free' in captured.err and 'step=' not in captured.out
+
+
+def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run):
+    out = tmp_path / 'out'
+    process = start(project, *FAST, '--eval_iters=0', '--batch_size=1', '--eval_interval=4', f'--out_dir={out}')
+    wait_for(process, '^step=4 loss')  # an evaluation of all windows, one by one, is next
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and 'step=4 train_loss' in rest and load(out)['iter_num'] == 5
+    whole = train_run(*FAST, '--eval_iters=0', '--batch_size=1', '--eval_interval=4', out=tmp_path / 'whole')
+    assert equal_runs(train_run('--init_from=resume'), whole)
+
+
+def test_a_second_ctrl_c_leaves_at_once(project, tmp_path):
+    out = tmp_path / 'out'
+    process = start(project, *FAST, '--eval_iters=0', '--batch_size=1', '--eval_interval=2', '--max_iters=1000', f'--out_dir={out}')
+    wait_for(process, '^saved .*ckpt.pt')
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130 and train.read_checkpoint(str(out / 'ckpt.pt'))['iter_num'] >= 2
+
+
+def test_under_torchrun_all_ranks_leave_on_the_same_step(project, tmp_path):
+    out = tmp_path / 'out'
+    process = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000', f'--out_dir={out}', nproc=2)
+    wait_for(process, '^step=5 ')
+    process.send_signal(signal.SIGTERM)
+    rest, err = process.communicate(timeout=60)
+    n = load(out)['iter_num']
+    assert n >= 5 and rest.count(f'stopped by a signal at step {n}') == 1 and 'Connection' not in err
+
+
+def test_torchrun_restarts_a_run_whose_rank_was_killed(project, tmp_path):
+    out, arguments = tmp_path / 'out', [*FAST, '--max_iters=40', '--eval_interval=5', '--init_from=auto']
+    process = start(project, *arguments, f'--out_dir={out}', nproc=2, torchrun=['--max-restarts=3'])
+    wait_for(process, '^saved .*ckpt.pt')
+    ranks = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert 'resumed' in rest and load(out)['iter_num'] == 40
+    script(project, 'train.py', *arguments, f'--out_dir={tmp_path / "whole"}', nproc=2)
+    assert equal_runs(load(out), load(tmp_path / 'whole'))
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_ends_the_others_within_timeout_s(project, tmp_path):
+    process = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000', '--timeout_s=5', f'--out_dir={tmp_path / "out"}',
+                    nproc=2)
+    wait_for(process, '^step=5 ')
+    ranks = sorted(map(int, subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()))
+    os.kill(ranks[-1], signal.SIGSTOP)
+    t0 = time.monotonic()
+    while os.path.exists(f'/proc/{ranks[0]}') and time.monotonic() - t0 < 30:
+        if open(f'/proc/{ranks[0]}/stat').read().split(') ')[1][0] == 'Z':
+            break
+        time.sleep(0.1)
+    assert time.monotonic() - t0 < 15
+    os.kill(ranks[-1], signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert 'has not answered within timeout_s' in err
+
+
+def test_two_runs_in_one_out_dir(project, train_run, tmp_path, capsys):
+    out = tmp_path / 'out'
+    first = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000', f'--out_dir={out}')
+    wait_for(first, '^step=1 ')
+    before = {k: v for k, v in snapshot(out).items() if 'metrics' not in k}
+    with pytest.raises(SystemExit) as e:
+        train_run()
+    assert e.value.code == 2 and f'in use by process {first.pid}:' in capsys.readouterr().err
+    assert {k: v for k, v in snapshot(out).items() if 'metrics' not in k} == before
+    first.kill()  # leaves its lock file behind, which must not block
+    first.communicate()
+    assert (out / 'run.lock').read_text() == str(first.pid)
+    assert train_run('--max_iters=1')['iter_num'] == 1
+
+
+# ---- numbers
+
+def test_a_bad_number_on_any_rank_stops_all_ranks_before_the_weights_change():
+    class Pair(Run):
+        """Rank 0 of two, the other of which has a nan somewhere in its gradients, or its loss."""
+        where = 0
+
+        def all_reduce(self, tensor):
+            other = tensor.clone()
+            other[self.where] = torch.nan
+            return tensor.add_(other)
+    for where, words in ((5, 'gradient norm'), (-2, 'loss')):
+        run = Pair(torch.device('cpu'), torch.float32, False, 0, 0, 2, 1)
+        run.where = where
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=8))
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        optimizers = train.make_optimizers(model, run, configure(vars(train), []))
+        x = torch.randint(10, (2, 8))
+        with pytest.raises(train.NotFinite, match=words):
+            train.train_step(model, optimizers, torch.amp.GradScaler('cpu', enabled=False), run, [(0, x, x)], 1.0, 1.0)
+        assert same_tensors(dict(model.state_dict()), before)
+
+
+def test_float16_overflows_are_skipped_and_many_in_a_row_are_fatal(train_run, tmp_path, monkeypatch, capsys):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda *a, **k: scaler(*a, **k, init_scale=2.0**24))
+    train_run('--dtype=float16', '--max_iters=20')
+    out = capsys.readouterr().out
+    n = out.count('float16 overflow')
+    assert 1 <= n < 15 and f'({n} in a row)' in out
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda *a, **k: scaler(*a, **k, init_scale=2.0**100))
+    with pytest.raises(SystemExit) as e:
+        train_run('--dtype=float16', '--max_iters=100', '--eval_interval=100')
+    assert e.value.code == 1 and 'not finite in 30 steps in a row' in capsys.readouterr().err
+
+
+def test_a_bad_stretch_of_data_can_be_skipped_from_the_previous_checkpoint(train_run, tmp_path, capsys):
+    out = tmp_path / 'out'
+    last = train_run(*FAST, '--max_iters=9')
+    resumed = train_run('--init_from=resume', '--ckpt=ckpt_prev.pt', '--skip_batches=5', '--train_iters=2')
+    text = capsys.readouterr().out
+    assert 'resumed' in text and 'ckpt_prev.pt at step 6, 5 batches skipped' in text
+    kept = [f for f in os.listdir(out) if re.fullmatch(r'ckpt-9-.*\.pt', f)]
+    assert len(kept) == 1 and same_tensors(load(out, kept[0])['model'], last['model'])
+    assert resumed['iter_num'] == 8 and resumed['skipped'] == 5 and load(out, 'ckpt_prev.pt')['iter_num'] == 6
+    assert train_run('--init_from=resume')['skipped'] == 5  # and stays so
+    # the batches are those of updates 11 and 12 of a run that skips nothing
+    seen = []
+    real = train.Tokens.train_batch
+    original, train.Tokens.train_batch = real, lambda self, first, *a: seen.append(first) or real(self, first, *a)
+    try:
+        train_run('--init_from=resume', '--train_iters=1', '--max_iters=20')
+    finally:
+        train.Tokens.train_batch = original
+    assert seen == [(9 + 5) * 4]
+
+
+# ---- files
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f'touch {Evil.path}',)
+
+
+def damaged(path, kind, tmp_path):
+    """Replace the checkpoint at path by one that is no good in some way; return a word of the error."""
+    checkpoint = torch.load(path, weights_only=True)
+    size = os.path.getsize(path)
+    if kind == 'truncated':
+        os.truncate(path, size * 2 // 3)
+    elif kind == 'empty':
+        os.truncate(path, 0)
+    elif kind == 'text':
+        open(path, 'w').write('not a checkpoint\n' * 100)
+    elif kind == 'directory':
+        os.remove(path)
+        os.mkdir(path)
+        return 'no file'
+    elif kind == 'flipped':
+        body = bytearray(open(path, 'rb').read())
+        body[size // 2] ^= 4
+        open(path, 'wb').write(body)
+        return 'damaged'
+    elif kind == 'pickle':
+        Evil.path = tmp_path / 'executed'
+        torch.save({**checkpoint, 'evil': Evil()}, path)
+        return 'torch refuses it'
+    elif kind == 'plain pickle':
+        Evil.path = tmp_path / 'executed'
+        pickle.dump(Evil(), open(path, 'wb'))
+    elif kind == 'list':
+        torch.save([checkpoint], path)
+        return 'a list instead of a dict'
+    elif kind == 'newer':
+        torch.save(checkpoint | {'format': 99}, path)
+        return 'format 99 is newer'
+    elif kind == 'no optimizer':
+        del checkpoint['optimizer']
+        torch.save(checkpoint, path)
+        return 'no optimizer'
+    elif kind == 'no format':
+        torch.save({'weights': torch.zeros(3)}, path)
+        return 'neither of quill nor of nanoGPT'
+    elif kind == 'shape':
+        torch.save(checkpoint | {'model_args': checkpoint['model_args'] | {'n_embd': 64}}, path)
+        return 'do not fit'
+    elif kind == 'huge':
+        torch.save(checkpoint | {'model_args': checkpoint['model_args'] | {'n_layer': 10**9}}, path)
+        return 'do not fit'
+    elif kind == 'path':
+        torch.save(checkpoint | {'config': checkpoint['config'] | {'dataset': '../../etc'}}, path)
+        return 'dataset is the name of a folder in data/'
+    elif kind == 'type':
+        torch.save(checkpoint | {'config': checkpoint['config'] | {'batch_size': 'many'}}, path)
+        return 'batch_size is an integer'
+    return 'cut short, damaged, or no checkpoint'
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'empty', 'text', 'directory', 'flipped', 'pickle', 'plain pickle', 'list', 'newer',
+                                  'no optimizer', 'no format', 'shape', 'huge', 'path', 'type'])
+def test_a_bad_checkpoint_is_refused_and_the_previous_one_named(train_run, tmp_path, capsys, kind):
+    out = tmp_path / 'out'
+    train_run(*FAST, '--max_iters=6')
+    words = damaged(str(out / 'ckpt.pt'), kind, tmp_path)
+    capsys.readouterr()
+    before = snapshot(out)
+    with pytest.raises(SystemExit) as e:
+        train_run('--init_from=resume', '--max_iters=9')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.splitlines()[-1].startswith('error: ')
+    if kind not in ('path', 'type'):
+        assert 'ckpt_prev.pt is good (step 3), use --ckpt=ckpt_prev.pt' in err
+    assert snapshot(out) == before and not (tmp_path / 'executed').exists()
+
+
+def flips(out, n, seed):
+    path = str(out / 'ckpt.pt')
+    with zipfile.ZipFile(path) as archive:
+        spans = [(i.header_offset + 30 + len(i.filename), i.file_size) for i in archive.infolist() if '/data/' in i.filename]
+    body, rng = open(path, 'rb').read(), random.Random(seed)
+    with open(path, 'rb') as f:  # where each tensor's bytes really begin: behind a header with padding
+        spans = [(start + int.from_bytes(body[start - len_name - 2:start - len_name], 'little'), size)
+                 for (start, size), len_name in zip(spans, [len(i.filename) for i in archive.infolist() if '/data/' in i.filename])]
+    for _ in range(n):
+        start, size = rng.choice(spans)
+        at = start + rng.randrange(size)
+        flipped = bytearray(body)
+        flipped[at] ^= 1 << rng.randrange(8)
+        open(path, 'wb').write(flipped)
+        with pytest.raises(ValueError, match='damaged'):
+            train.read_checkpoint(path)
+    open(path, 'wb').write(body)
+    train.read_checkpoint(path)
+
+
+def test_a_flipped_bit_in_a_tensor_is_found(train_run, tmp_path):
+    train_run(*FAST, '--max_iters=3')
+    flips(tmp_path / 'out', 20, seed=1)
+
+
+@pytest.mark.slow
+def test_200_flipped_bits_are_200_found(train_run, tmp_path):
+    train_run(*FAST, '--max_iters=3')
+    flips(tmp_path / 'out', 200, seed=2)
+
+
+def test_a_checkpoint_of_nanogpt_loads_for_resume_and_sampling(train_run, project, tmp_path, capsys):
+    out = tmp_path / 'out'
+    ours = train_run(*FAST, '--max_iters=3')
+    shape = {k: ours['model_args'][k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    theirs = {'model': {f'_orig_mod.{k}': v for k, v in ours['model'].items()}, 'optimizer': {'state': {}, 'param_groups': []},
+              'model_args': shape, 'iter_num': 3, 'best_val_loss': torch.tensor(3.5),
+              'config': {'dataset': 'topics', 'batch_size': 4, 'block_size': 32, 'learning_rate': 1e-3, 'max_iters': 5,
+                         'eval_iters': 1, 'dtype': 'float32', 'compile': False, 'device': 'cpu', 'backend': 'nccl'}}
+    theirs['model']['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 32, 32)  # its mask, without flash attention
+    for f in os.listdir(out):
+        os.remove(out / f)
+    torch.save(theirs, out / 'ckpt.pt')
+    capsys.readouterr()
+    configure(vars(sample), [f'--out_dir={out}', '--weights=last', '--max_new_tokens=5', '--num_samples=1'])
+    sample.main()
+    assert 'step 3' in capsys.readouterr().out
+    resumed = train_run('--init_from=resume', '--sample_tokens=0')
+    text = capsys.readouterr().out
+    assert resumed['iter_num'] == 5 and resumed['format'] == 1 and "is nanoGPT's" in text and 'optimizer starts anew' in text
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('missing', 'no val.bin in data/broken'), ('empty', '0 tokens are fewer'), ('odd', 'no whole number'),
+    ('short', 'fewer than block_size + 1 = 33'), ('cut', 'instead of'), ('ids', 'outside the vocabulary of 92'),
+    ('no meta', 'no meta.json'), ('bad meta', 'meta.json is damaged'), ('half meta', 'meta.json is damaged'),
+    ('outside', 'dataset is the name of a folder in data/')])
+def test_bad_data_is_an_error_before_the_model_is_built(project, train_run, tmp_path, capsys, kind, words, monkeypatch):
+    folder = project / 'data' / 'broken'
+    shutil.copytree(project / 'data' / 'topics', folder)
+    monkeypatch.setattr(train, 'GPT', None)  # building a model would fail with a TypeError
+    try:
+        ids = np.fromfile(folder / 'train.bin', dtype=np.uint16)
+        if kind == 'missing':
+            (folder / 'val.bin').unlink()
+        elif kind == 'empty':
+            os.truncate(folder / 'train.bin', 0)
+        elif kind == 'odd':
+            os.truncate(folder / 'train.bin', 1001)
+        elif kind == 'short':
+            os.truncate(folder / 'val.bin', 64)
+        elif kind == 'cut':
+            os.truncate(folder / 'train.bin', 100_000)
+        elif kind == 'ids':
+            ids[77_777] = 92
+            ids.tofile(folder / 'train.bin')
+        elif kind == 'no meta':
+            (folder / 'meta.json').unlink()
+        elif kind == 'bad meta':
+            (folder / 'meta.json').write_text('{"tokenizer": ')
+        elif kind == 'half meta':
+            meta = json.load(open(folder / 'meta.json'))
+            del meta['dtype']
+            json.dump(meta, open(folder / 'meta.json', 'w'))
+        before = snapshot(project / 'data')
+        t0 = time.monotonic()
+        with pytest.raises(SystemExit) as e:
+            train_run('--dataset=../topics' if kind == 'outside' else '--dataset=broken')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and err.splitlines()[-1].startswith('error: ') and time.monotonic() - t0 < 10
+        assert snapshot(project / 'data') == before and not os.path.exists(tmp_path / 'out')
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_data_cut_short_while_training_is_exit_code_1(project, tmp_path, train_run):
+    folder, out = project / 'data' / 'shrinking', tmp_path / 'out'
+    shutil.copytree(project / 'data' / 'topics', folder)
+    process = start(project, *FAST, '--dataset=shrinking', '--max_iters=100000', f'--out_dir={out}')
+    wait_for(process, '^saved .*ckpt.pt')
+    os.truncate(folder / 'train.bin', 500)
+    err = process.communicate(timeout=60)[1]
+    shutil.rmtree(folder)
+    assert process.returncode == 1 and 'cut short while in use' in err.splitlines()[-1] and 'Traceback' not in err
+    assert train.read_checkpoint(str(out / 'ckpt.pt'))['iter_num'] >= 3
+
+
+def test_resume_refuses_other_data(train_run, project, tmp_path, capsys):
+    train_run(*FAST, '--max_iters=3')
+    folder = project / 'data' / 'other'
+    shutil.copytree(project / 'data' / 'topics', folder)
+    meta = json.load(open(folder / 'meta.json'))
+    json.dump(meta | {'sha256': 'f' * 64}, open(folder / 'meta.json', 'w'))
+    before = snapshot(tmp_path / 'out')
+    with pytest.raises(SystemExit) as e:
+        train_run('--init_from=resume', '--dataset=other')
+    shutil.rmtree(folder)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and 'the checkpoint was trained with' in err and snapshot(tmp_path / 'out') == before
+
+
+def test_a_user_mistake_in_a_real_process_changes_nothing(project, tmp_path):
+    before = snapshot(project)
+    for arguments in (['--init_from=resume'], ['--device=cuda'], ['--batch_size=-1', '--top_k=3'], ['config/none.py'],
+                      ['--init_from=gpt3'], ['--skip_batches=3'], ['--min_lr=1']):
+        t0 = time.monotonic()
+        _, err = script(project, 'train.py', *TINY, *arguments, cwd=tmp_path, code=2, env={'CUDA_VISIBLE_DEVICES': ''})
+        assert err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err and time.monotonic() - t0 < 10
+    assert snapshot(project) == before and os.listdir(tmp_path) == []
