@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -261,6 +262,30 @@ def pick_device(device):
     return device
 
 
+def fresh_store(rank, world_size, timeout):
+    """Return a store for init_process_group that holds nothing yet.
+
+    When torchrun restarts its workers, they get the store of the attempt before, addresses of the dead included, and
+    whoever reads those first, connects to nobody. So rank 0 deals out a new prefix to the ranks that ask now.
+    """
+    store, _, _ = next(dist.rendezvous('env://', rank, world_size, timeout=timeout))
+    token = uuid.uuid4().hex
+    if rank == 0:
+        for other in range(1, world_size):
+            store.delete_key(f'ask/{other}')  # may be of the attempt before; a living rank asks again
+        for other in range(1, world_size):
+            store.set(f'answer/{store.get(f"ask/{other}").decode()}', token)
+    else:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not store.check([f'answer/{token}']):
+            if time.monotonic() > deadline:
+                fail('rank 0 has not appeared within timeout_s', code=1)
+            store.set(f'ask/{rank}', token)
+            time.sleep(0.05)
+        token = store.get(f'answer/{token}').decode()
+    return dist.PrefixStore(token, store)
+
+
 def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, deterministic=False, timeout_s=1800):
     """Return the Run for these settings, after one printed line that says what is used.
 
@@ -320,8 +345,9 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
         compile = kind == 'cuda'  # on a CPU it costs half a minute and gains little
 
     if world_size > 1:
-        dist.init_process_group(backend, device_id=device if backend == 'nccl' else None,
-                                timeout=datetime.timedelta(seconds=timeout_s))
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=fresh_store(rank, world_size, timeout), rank=rank, world_size=world_size,
+                                timeout=timeout, device_id=device if backend == 'nccl' else None)
     torch.manual_seed(seed)
     run = Run(device, getattr(torch, dtype), compile, rank, local_rank, world_size, seed)
     name = torch.cuda.get_device_name() if kind == 'cuda' else \

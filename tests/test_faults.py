@@ -103,7 +103,7 @@ def kill_and_resume(project, tmp_path, train_run, kills, seed):
     announced = 0
     for i in range(kills):
         process = start(project, *arguments, '--init_from=auto', f'--out_dir={out}')
-        seen = wait_for(process, r'^step=|nothing to do')
+        seen = wait_for(process, r'^step=\d+ loss|nothing to do')
         time.sleep(rng.uniform(0, 0.25))
         process.kill()
         seen += process.communicate()[0]
@@ -203,7 +203,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(project, tmp_path):
     wait_for(process, '^saved .*ckpt.pt')
     ranks = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    rest, err = process.communicate(timeout=120)
+    rest, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert 'resumed' in rest and load(out)['iter_num'] == 40
     script(project, 'train.py', *arguments, f'--out_dir={tmp_path / "whole"}', nproc=2)
@@ -273,7 +273,7 @@ def test_float16_overflows_are_skipped_and_many_in_a_row_are_fatal(train_run, tm
     train_run('--dtype=float16', '--max_iters=20')
     out = capsys.readouterr().out
     n = out.count('float16 overflow')
-    assert 1 <= n < 15 and f'({n} in a row)' in out
+    assert 1 <= n < 15 and '(1 in a row)' in out
     monkeypatch.setattr(torch.amp, 'GradScaler', lambda *a, **k: scaler(*a, **k, init_scale=2.0**100))
     with pytest.raises(SystemExit) as e:
         train_run('--dtype=float16', '--max_iters=100', '--eval_interval=100')
