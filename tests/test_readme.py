@@ -54,3 +54,10 @@ def test_the_file_tree_is_the_real_one():
     for name in names:
         assert os.path.exists(os.path.join(ROOT, name)), name
     assert {f for f in os.listdir(ROOT) if f.endswith('.py')} <= set(names)
+
+
+def test_every_test_that_the_readme_names_exists():
+    names = set(re.findall(r'`(test_\w+)`', README))
+    defined = {m for path in glob.glob(os.path.join(ROOT, 'tests', 'test_*.py'))
+               for m in re.findall(r'^def (test_\w+)', open(path).read(), re.M)}
+    assert len(names) > 15 and names <= defined, names - defined
