@@ -3,6 +3,7 @@ Time the train_step of train.py and the generate of sample.py for a configuratio
 
     python bench.py config/train_shakespeare_char.py
     python bench.py config/train_shakespeare_char_cpu.py --bench_steps=100 --profile=True
+    python bench.py config/train_shakespeare_char_cpu.py --compare=3
 
 Takes all of train.py's settings; writes no checkpoint. The last line of output is one JSON object.
 """
@@ -10,14 +11,17 @@ import time
 _started = time.perf_counter()
 
 import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
 
 import torch
+from torch.nn import functional as F
 
 from configurator import configure, fail, peak_flops, setup
-from model import GPT
+from model import GPT, CausalSelfAttention, Dropout, draw
 from train import *
 from train import check_settings, compile_model, divide, make_optimizers, model_shape, open_dataset, \
     place_model, train_step
@@ -31,6 +35,41 @@ bench_warmup = 2  # untimed ones before
 bench_tokens = 200  # tokens to generate, 0 for none
 real_tokens = False  # read batches of the dataset; False: random tokens of GPT-2's or Shakespeare's vocabulary
 profile = False  # write a torch profiler trace of three updates to trace.json
+baseline = False  # time the plain way instead: float32, eager, torch's dropout, AdamW not fused, no key-value cache
+compare = 0  # run the baseline and the fast way in turn, so many times each, and print the ratios
+
+
+class PlainDropout(Dropout):
+    """torch's own dropout."""
+
+    def forward(self, x):
+        return F.dropout(x, self.threshold / 256, self.training)
+
+
+class PlainAttention(CausalSelfAttention):
+    """Attention with torch's own dropout of single weights."""
+
+    def forward(self, x, rotation=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        p = self.attn_dropout.threshold / 256 if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+def make_plain(model):
+    """Give the modules of model their plain forward."""
+    for module in model.modules():
+        module.__class__ = {Dropout: PlainDropout, CausalSelfAttention: PlainAttention}.get(type(module), module.__class__)
+
+
+def plain_generate(model, idx, n):
+    """Sample n tokens for each row of idx, row by row, with a forward pass over the whole context for each token."""
+    for row in idx.split(1):
+        for _ in range(n):
+            with torch.no_grad():
+                logits, _ = model(row[:, -model.config.block_size:])
+            row = torch.cat([row, draw(logits[:, -1], temperature=0.8, top_k=200)[:, None]], dim=1)
 
 
 def peak_memory(run):
@@ -40,25 +79,50 @@ def peak_memory(run):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def time_sampling(model, batch_size, n, run):
+def time_sampling(model, batch_size, n, run, plain):
     """Return the tokens per second of generating n tokens for each of batch_size sequences."""
     model.eval()
     idx = torch.zeros(batch_size, 1, dtype=torch.int64, device=run.device)
     seconds = []
-    for repeat in range(4):
+    for repeat in range(2 if plain else 4):
         run.sync()
         t0 = time.perf_counter()
-        generator = run.generator('sample', device=run.device)
-        for _ in model.generate(idx, n, temperature=0.8, top_k=200, generator=generator):
-            pass
+        if plain:
+            plain_generate(model, idx, n)
+        else:
+            generator = run.generator('sample', device=run.device)
+            for _ in model.generate(idx, n, temperature=0.8, top_k=200, generator=generator):
+                pass
         run.sync()
         seconds.append(time.perf_counter() - t0)
     model.train()
     return batch_size * n / statistics.median(seconds[1:])
 
 
+def compare_with_baseline(argv):
+    """Run this script with and without --baseline in turn; print the medians and ratios, and return them."""
+    arguments = [a for a in argv if not a.startswith(('--compare=', '--baseline='))]
+    results = {True: [], False: []}
+    for i in range(2 * compare):
+        plain = i % 2 == 0
+        command = [sys.executable, os.path.abspath(__file__), *arguments, f'--baseline={plain}']
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        results[plain].append(json.loads(done.stdout.splitlines()[-1]))
+        print(f'{"baseline" if plain else "quill":10} dt={results[plain][-1]["dt"]:.6g}', flush=True)
+    print(f'{"":20} {"baseline":>12} {"quill":>12} {"ratio":>8}')
+    table = {}
+    for key in ('tps', 'sample_tps_1', 'sample_tps_10', 'peak_memory_mb', 'dt', 'startup_seconds', 'first_step_seconds'):
+        if key in results[True][0]:
+            a, b = (statistics.median(r[key] for r in results[plain]) for plain in (True, False))
+            table[key] = dict(baseline=a, quill=b, ratio=b / a)
+            print(f'{key:20} {a:12.6g} {b:12.6g} {b / a:8.3g}')
+    print(json.dumps(table))
+
+
 def main(config):
-    run = setup(device, dtype, compile, backend, seed)
+    run = setup(device, 'float32' if baseline else dtype, False if baseline else compile, backend, seed)
     micro_batches, part, parts = divide(gradient_accumulation_steps, batch_size, run.rank, run.world_size)
     rows = batch_size // parts
     if real_tokens:
@@ -68,6 +132,10 @@ def main(config):
         vocab_size = 65 if dataset.endswith('_char') else 50257
     model = place_model(GPT(model_shape(config, vocab_size)), run, part, parts)
     optimizers = make_optimizers(model, run, config)
+    if baseline:
+        make_plain(model)
+        for group in optimizers[0].param_groups:
+            group.update(fused=False, foreach=False)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     t0 = time.perf_counter()
     step_model = compile_model(model, rows, run)
@@ -107,7 +175,7 @@ def main(config):
                   compile_seconds=compile_seconds, first_step_seconds=first_step_seconds)
     if bench_tokens and run.is_main:
         for n in (1, 10):
-            result[f'sample_tps_{n}'] = time_sampling(model, n, min(bench_tokens, block_size - 1), run)
+            result[f'sample_tps_{n}'] = time_sampling(model, n, min(bench_tokens, block_size - 1), run, baseline)
     if profile:
         with torch.profiler.profile() as profiler:
             for it in range(3):
@@ -124,8 +192,11 @@ def main(config):
 
 if __name__ == '__main__':
     _config = configure(globals())
-    _least = {'bench_steps': 1, 'bench_warmup': 0, 'bench_tokens': 0}
+    _least = {'bench_steps': 1, 'bench_warmup': 0, 'bench_tokens': 0, 'compare': 0}
     if _problems := check_settings(_config) + [f'{k}={_config[k]}: {k} is at least {n}' for k, n in _least.items()
                                                if _config[k] < n]:
         fail(*_problems)
-    main(_config)
+    if compare:
+        compare_with_baseline(sys.argv[1:])
+    else:
+        main(_config)
