@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -96,19 +97,21 @@ class Dropout(nn.Module):
 
 
 class KVCache:
-    """The keys and values of every layer for the positions seen so far, allocated once.
+    """The keys and values of every layer for the positions seen so far.
 
-    Holds max_length positions of batch_size sequences: 2 * n_layer tensors of shape (B, H, max_length, D).
+    Memory for max_length positions is allocated once, by the first append: 2 * n_layer tensors (B, H, max_length, D).
     """
 
-    def __init__(self, config, batch_size, max_length, device, dtype):
-        shape = (batch_size, config.n_head, max_length, config.n_embd // config.n_head)
-        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+    def __init__(self, max_length):
+        self.max_length = max_length
+        self.k, self.v = {}, {}  # by layer
         self.length = 0  # S, the positions in use; GPT.forward moves it on
 
     def append(self, layer, k, v):
         """Store k and v (B, H, T, D) of new positions; return those of all positions (B, H, S+T, D)."""
+        if layer not in self.k:
+            B, H, _, D = k.shape
+            self.k[layer], self.v[layer] = k.new_empty(B, H, self.max_length, D), v.new_empty(B, H, self.max_length, D)
         end = self.length + k.size(2)
         self.k[layer][:, :, self.length:end] = k
         self.v[layer][:, :, self.length:end] = v
@@ -186,6 +189,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # less memory, for a third more computation
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rotary else {'wpe': nn.Embedding(config.block_size, config.n_embd)}),
@@ -250,6 +254,34 @@ class GPT(nn.Module):
             raise ValueError(f'{folder}/model.safetensors lacks {min(missing)}')
         return model
 
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which transformers.GPT2LMHeadModel.from_pretrained(folder) reads.
+
+        ValueError names the switch that GPT-2 has no counterpart for. Biases that the model lacks are written as zeros.
+        """
+        c = self.config
+        for switch, gpt2 in (('activation', ('gelu', 'gelu_tanh')), ('norm', ('layernorm',)), ('rotary', (False,)),
+                             ('qk_norm', (False,)), ('softcap', (0.0,))):
+            if getattr(c, switch) not in gpt2:
+                raise ValueError(f'{switch}={getattr(c, switch)} has no counterpart in GPT-2')
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            if name == 'lm_head.weight' and c.tie_weights:
+                continue
+            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+                tensor = tensor.t()
+            tensors[name] = tensor
+            if not c.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
+                tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(tensor.size(-1))
+        write_safetensors(tensors, os.path.join(folder, 'model.safetensors'))
+        with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
+            json.dump({
+                'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'n_positions': c.block_size, 'n_ctx': c.block_size,
+                'vocab_size': c.vocab_size, 'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
+                'activation_function': {'gelu': 'gelu', 'gelu_tanh': 'gelu_new'}[c.activation],
+                'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': c.tie_weights, 'resid_pdrop': c.dropout,
+                'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout, 'torch_dtype': 'float32'}, f, indent=1)
+
     def num_params(self, non_embedding=True):
         """Number of parameters; `non_embedding` leaves out wpe but not wte, which is also the output matrix."""
         n = sum(p.numel() for p in self.parameters())
@@ -282,7 +314,11 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[past:past + T]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, rotation, cache)
+            if self.activation_checkpointing and self.training:
+                # keep only the block's input, compute the rest anew in the backward pass, with the same dropout
+                x = checkpoint(block, x, rotation, use_reentrant=False)
+            else:
+                x = block(x, rotation, cache)
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
@@ -309,8 +345,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache is None or cache.length == block_size:
                 if cache is None:
-                    length = min(block_size, tokens.size(1) + max_new_tokens)
-                    cache = KVCache(self.config, len(idx), length, idx.device, self.lm_head.weight.dtype)
+                    cache = KVCache(min(block_size, tokens.size(1) + max_new_tokens))
                 else:
                     tokens = tokens[:, -max(1, block_size // 2):]
                     cache.length = 0
@@ -370,3 +405,18 @@ def read_safetensors(path):
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f'{path} is not a sound safetensors file: {type(e).__name__}: {e}') from e
+
+
+def write_safetensors(tensors, path):
+    """Write {name: tensor} to a .safetensors file."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, end = {'__metadata__': {'format': 'pt'}}, 0
+    for name, t in tensors.items():
+        begin, end = end, end + t.numel() * t.element_size()
+        header[name] = {'dtype': names[t.dtype], 'shape': list(t.shape), 'data_offsets': [begin, end]}
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # the tensors then lie aligned
+    with open(path, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        for t in tensors.values():
+            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

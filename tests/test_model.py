@@ -152,7 +152,7 @@ def test_cached_decoding_equals_the_full_forward(variant, batch_size):
         assert torch.equal(logits.argmax(-1), tokens[:, t])
     # and the logits themselves
     from model import KVCache
-    cache = KVCache(model.config, batch_size, 16, 'cpu', torch.float32)
+    cache = KVCache(16)
     with torch.no_grad():
         got = [model(tokens[:, :5], cache=cache)[0]] + [model(tokens[:, t:t + 1], cache=cache)[0] for t in range(5, 16)]
         full = model(tokens)[0]
@@ -241,6 +241,40 @@ def test_attention_dropout_drops_whole_keys():
     weights = (q @ k.mT / 4).masked_fill(torch.ones(16, 16).triu(1).bool(), -torch.inf).softmax(-1)
     expected = attention.c_proj(((weights * keep.mT) @ v).transpose(1, 2).reshape(1, 16, 32))
     assert torch.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('variant', [{}, dict(bias=False), dict(activation='gelu_tanh', tie_weights=False)])
+def test_transformers_loads_an_export_with_equal_logits_and_the_round_trip_is_exact(tmp_path, variant):
+    transformers = pytest.importorskip('transformers')
+    model = make(**variant)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    idx = torch.randint(50, (3, 16))
+    with torch.no_grad():
+        assert torch.allclose(theirs(idx).logits, model(idx)[0], atol=1e-4)
+    back = GPT.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
+    assert all(not v.any() for k, v in back.items() if k not in model.state_dict())
+
+
+@pytest.mark.parametrize('variant', [dict(activation='relu2'), dict(norm='rmsnorm'), dict(rotary=True), dict(qk_norm=True),
+                                     dict(softcap=30.0)])
+def test_what_gpt2_lacks_is_not_exported(tmp_path, variant):
+    with pytest.raises(ValueError, match=list(variant)[0]):
+        make(**variant).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_activation_checkpointing_gives_the_same_gradients_with_dropout():
+    grads = []
+    for on in (False, True):
+        model = make(dropout=0.3).train()
+        model.activation_checkpointing = on
+        torch.manual_seed(7)
+        _, loss = model(torch.arange(32).view(2, 16), torch.arange(32).view(2, 16))
+        loss.backward()
+        grads.append([loss] + [p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 
 
 def test_a_hostile_safetensors_header_is_an_error(tmp_path):
