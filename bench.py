@@ -24,7 +24,7 @@ from configurator import configure, fail, peak_flops, setup
 from model import GPT, CausalSelfAttention, Dropout, draw
 from train import *
 from train import check_settings, compile_model, divide, make_optimizers, model_shape, open_dataset, \
-    place_model, train_step
+    place_model, shard_model, train_step
 
 # -----------------------------------------------------------------------------
 # settings
@@ -131,6 +131,8 @@ def main(config):
     else:
         vocab_size = 65 if dataset.endswith('_char') else 50257
     model = place_model(GPT(model_shape(config, vocab_size)), run, part, parts)
+    if parallel == 'fsdp':
+        model = shard_model(model, run)
     optimizers = make_optimizers(model, run, config)
     if baseline:
         make_plain(model)

@@ -20,6 +20,7 @@ from train import HERE, encode_prompt, load_checkpoint, load_gpt2
 init_from = 'resume'  # resume: weights that train.py saved | gpt2, -medium, -large, -xl | a folder
 out_dir = ''  # where train.py saved them; '': the most recent run in checkpoints.log
 weights = 'best'  # best: model.pth, the lowest val loss | last: ckpt.pt, the end of training
+export = ''  # write the weights to this new folder, for Hugging Face's transformers, instead of generating
 # what to generate
 start = ''  # the prompt; FILE:path takes it from a file; '': a newline or end-of-text
 num_samples = 10  # generated together as one batch; a single one is shown as it grows
@@ -75,6 +76,22 @@ class Text:
         return new
 
 
+def export_model(model, tokenizer):
+    """Write config.json, model.safetensors and, for byte pairs, the tokenizer's files to the folder `export`."""
+    if os.path.exists(export) and (not os.path.isdir(export) or os.listdir(export)):
+        fail(f'--export={export}: it exists and is not an empty folder, name another')
+    try:
+        os.makedirs(export, exist_ok=True)
+        model.save_pretrained(export)
+        tokenizer.save_pretrained(export)
+    except (ValueError, OSError) as e:
+        if not os.listdir(export):
+            os.rmdir(export)
+        fail(f'--export={export}: {e}')
+    print(f'exported to {export}: transformers.GPT2LMHeadModel.from_pretrained({export!r}) loads it'
+          + (', without a tokenizer: Hugging Face has none for characters' if tokenizer.eot is None else ''))
+
+
 def main():
     if init_from == 'resume':
         path = os.path.join(out_dir or last_run(), {'best': 'model.pth', 'last': 'ckpt.pt'}[weights])
@@ -92,6 +109,8 @@ def main():
         model = load_gpt2(init_from, 0, 0.0, run)
         tokenizer = tokenizer_from_dict({'kind': 'gpt2'})
         run.print(f'weights of {init_from}, {model.num_params(False):,} parameters')
+    if export:
+        return export_model(model, tokenizer)
     model.eval().to(run.device, run.dtype)
 
     prompt = read_text(start[5:]) if start.startswith('FILE:') else start

@@ -20,6 +20,10 @@ import zipfile
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from configurator import configure, fail, peak_flops, setup
 from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict
@@ -89,6 +93,8 @@ device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | 
 dtype = 'auto'  # auto (what the device is fastest in) | float32 | bfloat16 | float16
 compile = 'auto'  # torch.compile: auto (on cuda) | True | False
 backend = 'auto'  # of torch.distributed: auto | nccl | gloo
+parallel = 'ddp'  # ddp: every process holds the whole model | fsdp: a part, for models that fit no device alone
+activation_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more computation
 peak_tflops = 0.0  # of one device, for mfu; 0: from a table, or measured
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -119,7 +125,7 @@ def check_settings(c):
     }
     for rule, (holds, keys) in ranges.items():
         problems += [f'{k}={c[k]}: {k} is {rule}' for k in keys.split() if not (holds(c[k]) and math.isfinite(c[k]))]
-    choices = {'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
+    choices = {'parallel': 'ddp fsdp', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
                'activation': 'gelu gelu_tanh relu2', 'norm': 'layernorm rmsnorm'}
     problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items()
                  if c[k] not in v.split()]
@@ -127,6 +133,8 @@ def check_settings(c):
         return problems  # what follows divides by them
     if c['n_embd'] % c['n_head']:
         problems.append(f'n_embd={c["n_embd"]} is not a multiple of n_head={c["n_head"]}')
+    if c['parallel'] == 'fsdp' and c['optimizer'] == 'muon':
+        problems.append('optimizer=muon needs whole matrices: use --optimizer=adamw with --parallel=fsdp')
     if c['rotary'] and not c['n_embd'] % c['n_head'] and c['n_embd'] // c['n_head'] % 2:
         problems.append(f'n_embd/n_head={c["n_embd"] // c["n_head"]} is odd: rotary=True turns pairs of channels')
     if c['init_from'] not in ('scratch', 'resume', 'auto', *GPT2_NAMES) and not os.path.isdir(c['init_from']):
@@ -188,7 +196,7 @@ def open_dataset(name, block_size, run):
         tokenizer_vocab = len(meta['tokenizer']['chars']) if meta['tokenizer']['kind'] == 'char' else 50257
         if tokenizer_vocab != meta['vocab_size'] or meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError('vocab_size or dtype is wrong')
-        counts, _ = (meta['tokens']['train'], meta['tokens']['val']), meta['sha256']
+        counts, _, _ = *[(meta[k]['train'], meta[k]['val']) for k in ('tokens', 'bytes')], meta['sha256']
     except (ValueError, KeyError, TypeError) as e:
         fail(f'{files[2]} is damaged ({type(e).__name__}: {e}): run python {script}')
     splits = [Tokens(path, block_size, meta['dtype'], meta['vocab_size']) for path in files[:2]]
@@ -312,6 +320,36 @@ def place_model(model, run, part, parts):
     return model.to(run.device)
 
 
+def shard_model(model, run):
+    """Divide the parameters of model over all processes (FSDP2): each block's, and the rest, are gathered when needed.
+
+    In float32, or in bfloat16 with gradients summed in float32. Returns the model; its state_dict holds DTensors.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32) if run.dtype != torch.float32 else \
+        MixedPrecisionPolicy()
+    mesh = init_device_mesh(run.device.type, (run.world_size,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def whole(x):
+    """x, any nesting of dicts and lists, with sharded tensors made whole, on the CPU; all processes call this together."""
+    return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, x)
+
+
+def load_optimizer(opt, state):
+    """Give opt the state of a checkpoint, sharded like its parameters, but keep its own rates, decays and betas."""
+    hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
+    params = [p for group in opt.param_groups for p in group['params']]
+    state = dict(state, state={i: {
+        k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
+        for k, v in state['state'][i].items()} for i, p in enumerate(params) if i in state['state']})
+    opt.load_state_dict(state)
+    for group, values in zip(opt.param_groups, hyper):
+        group.update(values)
+
+
 def compile_model(model, rows, run):
     """Return model, compiled if the run says so: now, on a batch thrown away, so that no step's time contains it."""
     if not run.compile:
@@ -384,7 +422,13 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
     def clock():
         run.sync()
         return time.perf_counter()
-    for dropout_seed, idx, targets in micro_batches:
+    groups = [group for opt in optimizers for group in opt.param_groups]
+    params = [p for group in groups for p in group['params']]
+    sharded = isinstance(params[0], DTensor)
+    for i, (dropout_seed, idx, targets) in enumerate(micro_batches):
+        if sharded:  # sum over the ranks, and give up the gathered parameters, after the last micro-batch only
+            model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+            model.set_reshard_after_backward(i == len(micro_batches) - 1)
         t0 = clock()
         torch.manual_seed(dropout_seed)
         with run.autocast():
@@ -396,9 +440,9 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
         seconds[0] += t1 - t0
         seconds[1] += clock() - t1
 
-    groups = [group for opt in optimizers for group in opt.param_groups]
-    params = [p for group in groups for p in group['params']]
-    if run.world_size > 1:
+    if sharded:
+        total = run.all_reduce(total) / run.world_size
+    elif run.world_size > 1:
         # one sum over all ranks per update, always in this order: DistributedDataParallel would rebuild its buckets
         # after the first update of a process, so a resumed run would add in another order
         flat = run.all_reduce(torch.cat([p.grad.flatten() for p in params] + [total])) / run.world_size
@@ -410,7 +454,8 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
     norm = nn.utils.get_total_norm([p.grad for p in params])
     loss = total[0].item()
     # an overflow in float16 is no fault: the scaler skips the update and halves its scale
-    if not (math.isfinite(loss) and (scaler.is_enabled() or torch.isfinite(norm))):
+    norm_value = (norm.full_tensor() if sharded else norm).item()
+    if not (math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm_value))):
         raise NotFinite(f'the {"gradient norm" if math.isfinite(loss) else "loss"} is not finite')
     if grad_clip:
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
@@ -420,7 +465,7 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
         scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
-    return loss, norm.item(), *seconds, bool(total[1] > 0)
+    return loss, norm_value, *seconds, bool(total[1] > 0)
 
 
 @torch.no_grad()
@@ -430,15 +475,19 @@ def evaluate(model, tokens, eval_iters, batch_size, run):
     batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of tokens
     model.eval()
-    for batch in batches[run.rank::run.world_size]:
+    for i in range(run.rank, -(-len(batches) // run.world_size) * run.world_size, run.world_size):
+        batch = batches[min(i, len(batches) - 1)]
         x, y = tokens.read(batch)
+        if i >= len(batches):
+            y = torch.full_like(y, -1)  # not counted, but with fsdp all ranks must compute alike
         if len(starts) > 1 and batch[-1] == starts[-1]:
             y = y.clone()
             y[-1, :max(0, starts[-2] + tokens.block_size - starts[-1])] = -1  # has been counted in the window before
         count = (y >= 0).sum()
         with run.autocast():
             _, loss = model(x.to(run.device), y.to(run.device))
-        total += torch.stack([loss.double().cpu() * count, count.double()])
+        if count:
+            total += torch.stack([loss.double().cpu() * count, count.double()])
     model.train()
     total = run.all_reduce(total.float().to(run.device) if run.device.type == 'mps' else total.to(run.device))
     return (total[0] / total[1]).item()
@@ -728,6 +777,8 @@ def main(config, checkpoint=None):
         if config[key]:
             optional_import(module, key)
     run = setup(device, dtype, compile, backend, seed, deterministic, timeout_s)
+    if parallel == 'fsdp' and (run.world_size == 1 or run.dtype == torch.float16):
+        fail('--parallel=fsdp divides the model over the processes of torchrun --nproc_per_node=N, N > 1, in float32 or bfloat16')
     micro_batches, part, parts = divide(gradient_accumulation_steps, batch_size, run.rank, run.world_size)
     rows = batch_size // parts
 
@@ -770,26 +821,26 @@ def main(config, checkpoint=None):
         lock = claim(out_dir)  # held until this process ends
     if not pretrained:
         model = GPT(shape)
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
+    model.activation_checkpointing = activation_checkpointing
     model = place_model(model, run, part, parts)
     run.print(model)
     run.print(f'{model.num_params():,} parameters without position embeddings')
+    if parallel == 'fsdp':
+        model = shard_model(model, run)
     optimizers = make_optimizers(model, run, config)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
 
     # skipped: updates' worth of data that --skip_batches has jumped over
     iter_num, best_val_loss, train_seconds, skipped = 0, math.inf, 0.0, 0
     if checkpoint:
-        model.load_state_dict(checkpoint['model'])
         iter_num, best_val_loss, train_seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'train_seconds'))
         skipped = checkpoint['skipped'] + skip_batches
         if checkpoint['optimizer'] and len(checkpoint['optimizer']) != len(optimizers):
             fail(f'optimizer={optimizer} but the checkpoint was trained with optimizer={checkpoint["config"]["optimizer"]}')
         for opt, state in zip(optimizers, checkpoint['optimizer']):
-            # the state is the checkpoint's, the rates, decays and betas are the settings'
-            hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
-            opt.load_state_dict(state)
-            for group, values in zip(opt.param_groups, hyper):
-                group.update(values)
+            load_optimizer(opt, state)
         if checkpoint['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint['scaler'])
         changed = {k: (v, config[k]) for k, v in checkpoint['config'].items()
@@ -806,7 +857,9 @@ def main(config, checkpoint=None):
 
     if eval_only:
         for name, tokens in (('train', train_tokens), ('val', val_tokens)):
-            run.print(f'{name}_loss={evaluate(model, tokens, eval_iters, batch_size, run):.4f}')
+            loss = evaluate(model, tokens, eval_iters, batch_size, run)
+            bits = loss / math.log(2) * meta['tokens'][name] / meta['bytes'][name]
+            run.print(f'{name}_loss={loss:.4f} perplexity={math.exp(loss):.3f} bits_per_byte={bits:.4f}')
         return run.close()
 
     # files
@@ -839,10 +892,12 @@ def main(config, checkpoint=None):
     def save(name, previous=None, **more):
         """Write the weights and what explains them to out_dir/name."""
         path = os.path.join(out_dir, name)
-        save_checkpoint({'format': CHECKPOINT_FORMAT, 'model': model.state_dict(),
-                         'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
-                         'tokenizer': tokenizer.to_dict(), **more}, path, previous)
-        run.print(f'saved {path} (step {it})')
+        checkpoint = whole({'format': CHECKPOINT_FORMAT, 'model': dict(model.state_dict()),
+                            'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
+                            'tokenizer': tokenizer.to_dict(), **more})
+        if run.is_main:
+            save_checkpoint(checkpoint, path, previous)
+            run.print(f'saved {path} (step {it})')
 
     # the clock runs in steps only: t0 is when it last started, since is the step it then had
     it, since, t0, stop, overflows = iter_num, iter_num, time.perf_counter(), False, 0
@@ -863,12 +918,12 @@ def main(config, checkpoint=None):
             if run.is_main:
                 metrics.write(step=it, train_loss=train_loss, val_loss=val_loss, train_seconds=train_seconds)
                 plot_losses(out_dir)
-                if sample_tokens:
-                    text = sample_text(model, tokenizer, prompt, sample_tokens, run, it)
-                    print(f'--- sample at step {it} ---\n{text}\n---', flush=True)
-                if it and (best or always_save_checkpoint):
-                    save('model.pth', val_loss=val_loss)
-        if run.is_main and (due and (it or it == last_iter) or stop):
+            if sample_tokens:  # on all ranks, which with fsdp hold the model together
+                text = sample_text(model, tokenizer, prompt, sample_tokens, run, it)
+                run.print(f'--- sample at step {it} ---\n{text}\n---')
+            if it and (best or always_save_checkpoint):
+                save('model.pth', val_loss=val_loss)
+        if due and (it or it == last_iter) or stop:
             save('ckpt.pt', previous=os.path.join(out_dir, 'ckpt_prev.pt'),
                  optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
                  best_val_loss=best_val_loss, train_seconds=train_seconds, data=data, skipped=skipped)

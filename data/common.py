@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -214,6 +215,9 @@ class CharTokenizer:
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids)
 
+    def save_pretrained(self, folder):
+        """Hugging Face has no tokenizer for characters: nothing to write."""
+
     def to_dict(self):
         return {'kind': 'char', 'chars': self.chars}
 
@@ -231,8 +235,9 @@ class GPT2Tokenizer:
     def __init__(self):
         import tiktoken
         cache = os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(DATA_DIR, 'gpt2_bpe'))
+        self.paths = {}
         for name, sha256 in self.FILES.items():
-            path = os.path.join(cache, hashlib.sha1((self.BASE + name).encode()).hexdigest())
+            path = self.paths[name] = os.path.join(cache, hashlib.sha1((self.BASE + name).encode()).hexdigest())
             if os.path.exists(path) and sha256_file(path) == sha256:
                 continue
 
@@ -253,6 +258,14 @@ class GPT2Tokenizer:
 
     def decode(self, ids):
         return self.bpe.decode(list(ids), errors='replace')
+
+    def save_pretrained(self, folder):
+        """Write vocab.json, merges.txt and tokenizer_config.json, which transformers.AutoTokenizer reads."""
+        shutil.copyfile(self.paths['encoder.json'], os.path.join(folder, 'vocab.json'))
+        shutil.copyfile(self.paths['vocab.bpe'], os.path.join(folder, 'merges.txt'))
+        with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as f:
+            end = '<|endoftext|>'
+            json.dump({'tokenizer_class': 'GPT2Tokenizer', 'bos_token': end, 'eos_token': end, 'unk_token': end}, f)
 
     def to_dict(self):
         return {'kind': 'gpt2'}

@@ -119,3 +119,22 @@ def test_padding_of_the_vocabulary_is_never_sampled(trained, sampled, tmp_path):
     checkpoint['tokenizer']['chars'] = checkpoint['tokenizer']['chars'][:40]  # as if the rest were padding
     torch.save(checkpoint, trained / 'model.pth')
     assert '2 x 200 tokens' in sampled(f'--out_dir={trained}', '--max_new_tokens=200', '--temperature=3', '--start=\n')
+
+
+def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_path, capsys):
+    transformers = pytest.importorskip('transformers')
+    out = sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
+    assert 'exported to' in out
+    weights = torch.load(trained / 'model.pth')['model']
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'hf').state_dict()
+    assert torch.equal(theirs['transformer.h.0.mlp.c_fc.weight'].t(), weights['transformer.h.0.mlp.c_fc.weight'])
+    with pytest.raises(SystemExit) as e:
+        sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
+    assert e.value.code == 2 and 'name another' in capsys.readouterr().err
+
+
+def test_a_model_that_gpt2_cannot_express_is_not_exported(train_run, tmp_path, sampled, capsys):
+    train_run('--max_iters=1', '--rotary=True')
+    with pytest.raises(SystemExit) as e:
+        sampled(f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}')
+    assert e.value.code == 2 and 'rotary=True has no counterpart' in capsys.readouterr().err and not (tmp_path / 'hf').exists()

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -353,7 +354,12 @@ def test_eval_only_prints_losses_and_writes_nothing(train_run, tmp_path, capsys)
     with pytest.raises(FileNotFoundError):
         train_run('--eval_only=True')
     out = capsys.readouterr().out
-    assert re.search(r'train_loss=4\.\d+\nval_loss=4\.\d+', out) and not os.path.exists(tmp_path / 'out')
+    losses = re.findall(r'_loss=(4\.\d+) perplexity=(\S+) bits_per_byte=(\S+)', out)
+    assert len(losses) == 2
+    for loss, perplexity, bits in losses:  # a character of this text is a byte
+        assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+        assert float(bits) == pytest.approx(float(loss) / math.log(2), abs=1e-3)
+    assert not os.path.exists(tmp_path / 'out')
 
 
 def test_loss_png_is_drawn_where_matplotlib_is(train_run, tmp_path):
@@ -433,6 +439,31 @@ def test_two_processes_equal_one(project, train_run, tmp_path):
         for line in ('legend of the log lines', 'step=1 loss', 'sample at step 0', 'using device=cpu'):
             assert out.count(line) == 1, line
         assert b[0][0]['sps_per_gpu'] * 2 == pytest.approx(b[0][0]['sps'])
+
+
+def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(project, train_run, tmp_path):
+    more = ['--gradient_accumulation_steps=4', '--max_iters=20', '--eval_interval=10', '--log_interval=1']
+    ddp = train_run(*more, out=tmp_path / 'ddp')
+    script(project, 'train.py', *TINY, *more, '--parallel=fsdp', '--train_iters=10', f'--out_dir={tmp_path / "fsdp"}', nproc=2)
+    half = torch.load(tmp_path / 'fsdp' / 'ckpt.pt', weights_only=True)
+    assert half['model'].keys() == ddp['model'].keys() and half['optimizer'][0]['state'][0]['exp_avg'].shape == \
+        ddp['optimizer'][0]['state'][0]['exp_avg'].shape
+    # fsdp -> one process, and one process -> fsdp
+    shutil.copytree(tmp_path / 'fsdp', tmp_path / 'back')
+    train_run('--init_from=resume', '--parallel=ddp', '--train_iters=5', out=tmp_path / 'back')
+    script(project, 'train.py', '--init_from=resume', '--parallel=fsdp', '--activation_checkpointing=True',
+           f'--out_dir={tmp_path / "back"}', nproc=2)
+    expected = metrics(tmp_path / 'ddp')
+    got = metrics(tmp_path / 'back')
+    assert [r['loss'] for r in got[0]] == pytest.approx([r['loss'] for r in expected[0]], abs=1e-3)
+    assert [r['norm'] for r in got[0]] == pytest.approx([r['norm'] for r in expected[0]], abs=5e-3)
+    assert got[1][-1]['val_loss'] == pytest.approx(expected[1][-1]['val_loss'], abs=1e-3)
+
+
+def test_muon_refuses_fsdp(train_run, capsys):
+    with pytest.raises(SystemExit) as e:
+        train_run('--optimizer=muon', '--parallel=fsdp')
+    assert e.value.code == 2 and 'muon needs whole matrices' in capsys.readouterr().err
 
 
 def test_under_torchrun_a_mistake_is_printed_once(project, tmp_path):
