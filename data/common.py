@@ -55,34 +55,39 @@ def write_atomic(path, chunks):
             os.remove(temporary)
 
 
-def fetch(url, size=None, sha256=None, timeout=20, patience=60):
-    """Yield the bytes at url, with a progress line; DownloadError where they are not what was asked for.
+def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0):
+    """Yield the bytes at url from byte start on, with a progress line; DownloadError where they are not what was asked for.
 
     timeout bounds the wait for each part, in seconds; after patience seconds the mean rate must be above 1 kB/s. size in
-    bytes and sha256 are checked at the end, that is before write_atomic gives the file its name.
+    bytes and sha256 (of the whole, so with start=0 only) are checked at the end, that is before write_atomic gives the
+    file its name.
     """
     import requests
     import urllib3
     name, show = url.rsplit('/', 1)[-1], sys.stderr.isatty()
-    digest, received, shown, started = hashlib.sha256(), 0, 0, time.monotonic()
+    digest, received, shown, started = hashlib.sha256(), start, 0, time.monotonic()
     try:
         # identity: Content-Length then is the length of the file
-        with requests.get(url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'}) as response:
+        headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={start}-'} if start else {})
+        with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
             if url.startswith('https:') and not all(r.url.startswith('https:') for r in (*response.history, response)):
                 raise DownloadError(f'{url}: redirected from https to http')
-            if response.status_code != 200:
+            if response.status_code not in (200, 206):
                 raise DownloadError(f'{url}: HTTP status {response.status_code}')
             length = response.headers.get('Content-Length', '')
-            total = size or (int(length) if length.isdigit() else None)
+            skip = start if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
+            total = size or (int(length) + start - skip if length.isdigit() else None)
             # read1 returns what has arrived instead of waiting for all of it; urllib3 has it since 2.0
             read = getattr(response.raw, 'read1', response.raw.read)
             while chunk := read(1 << 16):
+                if skip:
+                    skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
                 digest.update(chunk)
                 received += len(chunk)
                 now = time.monotonic()
                 if total and received > total:
                     raise DownloadError(f'{url}: more than the {total:,} bytes expected')
-                if now - started > patience and received < 1000 * (now - started):
+                if now - started > patience and received - start < 1000 * (now - started):
                     raise DownloadError(f'{url}: only {received:,} bytes in {now - started:.0f} s')
                 if show and now - shown > 0.2:
                     shown = now
@@ -98,6 +103,30 @@ def fetch(url, size=None, sha256=None, timeout=20, patience=60):
         raise DownloadError(f'{url}: {received:,} bytes instead of {total:,}')
     if sha256 and digest.hexdigest() != sha256:
         raise DownloadError(f'{url}: sha256 is {digest.hexdigest()} instead of {sha256}')
+
+
+def download_resumable(url, path):
+    """Write the file at url to path; what an interrupted call has left in path.part is not fetched again."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f'{path}.part'
+    start = os.path.getsize(part) if os.path.exists(part) else 0
+    with open(part, 'ab') as f:
+        try:
+            for chunk in fetch(url, start=start):
+                f.write(chunk)
+        except DownloadError as e:
+            if 'HTTP status 416' not in str(e):  # nothing lies behind the last byte: it had arrived
+                raise
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def need_space(folder, size):
+    """Fail where fewer than size bytes are free in folder."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        fail(f'{folder}: this takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free', code=1)
 
 
 def pip_download(requirement, sha256, members):
@@ -286,6 +315,10 @@ def tokenizer_from_dict(d):
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
+def hub_address():
+    return os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
+
+
 def gpt2_folder(name):
     """Return the folder with config.json and model.safetensors of one of GPT2_NAMES, downloading them if need be.
 
@@ -298,12 +331,11 @@ def gpt2_folder(name):
             if all(os.path.exists(os.path.join(folder, f)) for f in files):
                 return folder
     folder = os.path.join(DATA_DIR, 'gpt2_weights', name)
-    endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
     for f in files:
-        url, path = f'{endpoint}/openai-community/{name}/resolve/main/{f}', os.path.join(folder, f)
+        url, path = f'{hub_address()}/openai-community/{name}/resolve/main/{f}', os.path.join(folder, f)
         if not os.path.exists(path):
             try:
-                download(path, [lambda: fetch(url)])
+                download_resumable(url, path)
             except DownloadError as e:
                 fail(f'no weights of {name}: {e}. Get {url} by other means and save it as {path}')
     return folder

@@ -219,3 +219,151 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.splitlines()[-1].startswith('error: ') and words in err
     assert sorted(os.listdir(project / 'data')) == before
+
+
+# ---- data at scale, from a local server of the same structure
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves the dict `files` with byte ranges; closes the connection after `budget` bytes in all, once."""
+    files, budget, requests = {}, None, []
+
+    def do_GET(self):
+        body = self.files.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        start = int(self.headers.get('Range', 'bytes=0-')[6:-1])
+        Hub.requests.append((self.path, start))
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Length', str(len(body) - start))
+        self.end_headers()
+        body = body[start:]
+        if Hub.budget is not None:
+            body, Hub.budget = body[:Hub.budget], None
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    httpd.handle_error = lambda *_: None
+    Hub.files, Hub.budget, Hub.requests = {}, None, []
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}'
+    httpd.shutdown()
+
+
+@pytest.fixture
+def bpe(monkeypatch):
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(os.path.dirname(__file__), '..', 'data', 'gpt2_bpe')
+    if not os.path.isdir(cache):
+        pytest.skip('GPT-2 tokenizer not downloaded yet: python data/shakespeare/prepare.py')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.path.abspath(cache))
+
+
+def shard(n, seed, magic=20240520):
+    header = np.zeros(256, dtype='<i4')
+    header[:3] = magic, 1, n
+    ids = np.random.default_rng(seed).integers(0, 50257, n).astype('<u2')
+    return header.tobytes() + ids.tobytes(), ids
+
+
+def test_fineweb_shards_are_streamed_and_an_interrupted_run_goes_on(project, hub, bpe):
+    base, folder = '/datasets/kjj0/fineweb10B-gpt2/resolve/main/', project / 'data' / 'fineweb'
+    parts = {f'fineweb_train_{i:06}.bin': shard(200_000 + i, i) for i in (1, 2)} | {'fineweb_val_000000.bin': shard(5000, 9)}
+    Hub.files = {base + name: body for name, (body, _) in parts.items()}
+    body, _ = shard(10, 0, magic=7)
+    good, Hub.files[base + 'fineweb_train_000002.bin'] = Hub.files[base + 'fineweb_train_000002.bin'], body
+    _, err = script(project, 'data/fineweb/prepare.py', '--shards=2', code=2, env={'HF_ENDPOINT': hub})
+    assert 'not a shard of tokens (magic 7' in err and not (folder / 'train.bin').exists()
+    Hub.files[base + 'fineweb_train_000002.bin'] = good
+    os.truncate(folder / 'train.bin.part', 123_456)  # as if killed in the first shard
+    Hub.requests.clear()
+    script(project, 'data/fineweb/prepare.py', '--shards=2', env={'HF_ENDPOINT': hub})
+    assert (base + 'fineweb_train_000001.bin', 1024 + 123_456) in Hub.requests  # and not from the start
+    meta = json.load(open(folder / 'meta.json'))
+    for split, names in (('train', ['fineweb_train_000001.bin', 'fineweb_train_000002.bin']), ('val', ['fineweb_val_000000.bin'])):
+        expected = np.concatenate([parts[name][1] for name in names])
+        assert np.array_equal(np.fromfile(folder / f'{split}.bin', dtype='<u2'), expected)
+        tokenizer = GPT2Tokenizer()
+        assert meta['tokens'][split] == len(expected)
+        assert meta['bytes'][split] == sum(len(tokenizer.token_bytes(t)) for t in expected.tolist() if t != 50256)
+    assert sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+
+
+def owt_subset(texts, per_archive=7):
+    outer = io.BytesIO()
+    with tarfile.open(fileobj=outer, mode='w') as tar:
+        for k in range(0, len(texts), per_archive):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode='w:xz') as documents:
+                for j, text in enumerate(texts[k:k + per_archive]):
+                    info = tarfile.TarInfo(f'{k + j:07}.txt')
+                    info.size = len(text)
+                    documents.addfile(info, io.BytesIO(text))
+            info = tarfile.TarInfo(f'openwebtext/urlsf_subset00-{k}_data.xz')
+            info.size = len(inner.getvalue())
+            tar.addfile(info, io.BytesIO(inner.getvalue()))
+    return outer.getvalue()
+
+
+def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(project, hub, bpe, monkeypatch):
+    import data.openwebtext.prepare as prepare
+    base, folder = '/datasets/Skylion007/openwebtext/resolve/main/subsets/', project / 'data' / 'openwebtext'
+    monkeypatch.setattr(prepare, 'DATA_DIR', str(project / 'data'))
+    monkeypatch.setattr(prepare, 'need_space', lambda *_: None)
+    monkeypatch.setenv('HF_ENDPOINT', hub)
+    texts = [[f'Document {s}/{i}: naïve text, number {i * i}.\n'.encode() * (i % 5 + 1) for i in range(40)] for s in range(2)]
+    # a part of 0.0005 would be none of 80 documents
+    real = prepare.is_val
+    validates = [t for part in texts for t in part if int(hashlib.sha256(t).hexdigest()[:16], 16) < 0.0005 * 2**64]
+    assert [t for part in texts for t in part if real(t)] == validates
+    Hub.files = {f'{base}urlsf_subset{i:02}.tar': owt_subset(t) for i, t in enumerate(texts)}
+
+    def go(n, code=None):
+        config = configure(vars(prepare), [f'--subsets={n}', '--processes=1'])
+        assert config['subsets'] == n
+        prepare.main()
+    Hub.budget = 3000  # the connection breaks in the first archive
+    with pytest.raises(SystemExit):
+        go(2)
+    assert 0 < os.path.getsize(folder / 'urlsf_subset00.tar.part') <= 3000
+    Hub.requests.clear()
+    second = Hub.files.pop(f'{base}urlsf_subset01.tar')
+    with pytest.raises(SystemExit):
+        go(2)  # the second archive is missing
+    assert Hub.requests[0][1] > 0 and json.load(open(folder / 'progress.json'))['done'] == 1
+    with open(folder / 'train.bin.part', 'ab') as f:
+        f.write(b'half a subset')  # as if killed in the second
+    Hub.files[f'{base}urlsf_subset01.tar'] = second
+    go(2)
+    tokenizer = GPT2Tokenizer()
+    expected = [t for part in texts for text in part if not real(text) for t in [*tokenizer.encode(text.decode()), 50256]]
+    assert np.fromfile(folder / 'train.bin', dtype=np.uint16).tolist() == expected
+    meta = json.load(open(folder / 'meta.json'))
+    assert meta['tokens'] == {'train': len(expected), 'val': 0} and meta['bytes']['train'] == sum(len(t) for p in texts for t in p)
+    assert sorted(os.listdir(folder)) == ['__pycache__', 'meta.json', 'prepare.py', 'train.bin', 'val.bin'] or \
+        sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+
+
+def test_validation_documents_are_chosen_by_hash():
+    import data.openwebtext.prepare as prepare
+    n = sum(prepare.is_val(str(i).encode()) for i in range(100_000))
+    assert 20 < n < 90  # 50 expected
+
+
+def test_tokenizing_keeps_documents_apart_and_counts_bytes(bpe, monkeypatch):
+    import data.openwebtext.prepare as prepare
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode='w:xz') as documents:
+        for name, text in (('a.txt', b'train me'), ('b.txt', 'validate \u00fc'.encode()), ('c.pdf', b'no text')):
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            documents.addfile(info, io.BytesIO(text))
+    monkeypatch.setattr(prepare, 'is_val', lambda text: text.startswith(b'validate'))
+    prepare.start_worker()
+    (train, train_bytes), (val, val_bytes) = prepare.tokenize(inner.getvalue())
+    assert prepare.tokenizer.decode(train.tolist()) == 'train me<|endoftext|>' and train_bytes == 8
+    assert prepare.tokenizer.decode(val.tolist()) == 'validate ü<|endoftext|>' and val_bytes == 11
