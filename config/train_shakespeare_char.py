@@ -4,6 +4,13 @@ out_dir = 'out-shakespeare-char'
 eval_interval = 250  # it overfits, so evaluate often; model.pth keeps the best
 eval_iters = 7  # 7 x 64 windows of 256: all of the val split
 
-dropout = 0.2  # 5000 iterations see the text 82 times
+dropout = 0.2  # 5000 updates see the text 82 times
 max_iters = 5000
 beta2 = 0.99  # few tokens in a batch: average over more of them
+
+# in a proxy (context 64, 120 updates) the val loss was 2.28 with AdamW at 1e-3 and cosine decay, 2.18 with AdamW at 2e-3
+# and constant, then linear decay, 2.09 with Muon in addition
+optimizer = 'muon'
+learning_rate = 2e-3
+lr_schedule = 'linear'
+warmup_iters = 50
