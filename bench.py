@@ -4,6 +4,7 @@ Time the train_step of train.py and the generate of sample.py for a configuratio
     python bench.py config/train_shakespeare_char.py
     python bench.py config/train_shakespeare_char_cpu.py --bench_steps=100 --profile=True
     python bench.py config/train_shakespeare_char_cpu.py --compare=3
+    python bench.py --task=hellaswag --init_from=gpt2
 
 Takes all of train.py's settings; writes no checkpoint. The last line of output is one JSON object.
 """
@@ -21,9 +22,10 @@ import torch
 from torch.nn import functional as F
 
 from configurator import configure, fail, peak_flops, setup
+from data.common import DATA_DIR, DownloadError, GPT2Tokenizer, download_resumable
 from model import GPT, CausalSelfAttention, Dropout, draw
 from train import *
-from train import check_settings, compile_model, divide, make_optimizers, model_shape, open_dataset, \
+from train import check_settings, compile_model, divide, load_gpt2, make_optimizers, model_shape, open_dataset, \
     place_model, shard_model, train_step
 
 # -----------------------------------------------------------------------------
@@ -36,6 +38,7 @@ bench_tokens = 200  # tokens to generate, 0 for none
 real_tokens = False  # read batches of the dataset; False: random tokens of GPT-2's or Shakespeare's vocabulary
 profile = False  # write a torch profiler trace of three updates to trace.json
 baseline = False  # time the plain way instead: float32, eager, torch's dropout, AdamW not fused, no key-value cache
+task = 'speed'  # speed | hellaswag: the accuracy of init_from on HellaSwag's 10,042 validation questions
 compare = 0  # run the baseline and the fast way in turn, so many times each, and print the ratios
 
 
@@ -70,6 +73,60 @@ def plain_generate(model, idx, n):
             with torch.no_grad():
                 logits, _ = model(row[:, -model.config.block_size:])
             row = torch.cat([row, draw(logits[:, -1], temperature=0.8, top_k=200)[:, None]], dim=1)
+
+
+HELLASWAG = dict(
+    url='https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl')
+
+
+def score_endings(model, tokenizer, context, endings, run):
+    """Return the log probabilities of endings after context: their sums over tokens and their means, (4,) each."""
+    context = tokenizer.encode(context).tolist()
+    tails = [tokenizer.encode(' ' + ending).tolist() for ending in endings]
+    length = max(map(len, tails)) + len(context)
+    ids = torch.zeros(len(tails), length, dtype=torch.int64)
+    mask = torch.zeros(len(tails), length - 1)
+    for row, (tail, keep) in enumerate(zip(tails, mask)):
+        ids[row, :len(context) + len(tail)] = torch.tensor(context + tail)
+        keep[len(context) - 1:len(context) + len(tail) - 1] = 1
+    ids = ids.to(run.device)
+    with torch.no_grad(), run.autocast():
+        logits, _ = model(ids[:, :-1])
+    loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction='none')
+    sums = -(loss.view(len(tails), -1).cpu() * mask).sum(dim=1)
+    return sums, sums / mask.sum(dim=1)
+
+
+def hellaswag(model, tokenizer, rows, run):
+    """Return (acc, acc_norm) over rows of HellaSwag: the ending of the highest sum, or mean, of log probabilities is taken.
+
+    llm.c's method (https://github.com/karpathy/llm.c/blob/master/dev/data/hellaswag.py): no clean-up of the text, and
+    the mean is over tokens. Each rank takes its part of the rows.
+    """
+    right = torch.zeros(3)
+    for row in rows[run.rank::run.world_size]:
+        sums, means = score_endings(model, tokenizer, row['ctx'], row['endings'], run)
+        right += torch.tensor([sums.argmax() == row['label'], means.argmax() == row['label'], True])
+    right = run.all_reduce(right.to(run.device)).cpu()
+    return (right[0] / right[2]).item(), (right[1] / right[2]).item()
+
+
+def run_hellaswag():
+    run = setup(device, dtype, False, backend, seed)
+    path = os.path.join(DATA_DIR, 'hellaswag', 'hellaswag_val.jsonl')
+    if run.is_main and not os.path.exists(path):
+        try:
+            download_resumable(HELLASWAG['url'], path)
+        except DownloadError as e:
+            fail(f'no HellaSwag: {e}. Get it by other means and save it as {path}')
+    run.barrier()
+    with open(path, encoding='utf-8') as f:
+        rows = [json.loads(line) for line in f]
+    model = load_gpt2(init_from, 0, 0.0, run).eval().to(run.device)
+    acc, acc_norm = hellaswag(model, GPT2Tokenizer(), rows, run)
+    run.print(f'{init_from} on {len(rows):,} questions of HellaSwag: acc={acc:.4f} acc_norm={acc_norm:.4f}')
+    run.print(json.dumps(dict(task='hellaswag', init_from=init_from, n=len(rows), acc=acc, acc_norm=acc_norm)))
+    run.close()
 
 
 def peak_memory(run):
@@ -198,7 +255,11 @@ if __name__ == '__main__':
     if _problems := check_settings(_config) + [f'{k}={_config[k]}: {k} is at least {n}' for k, n in _least.items()
                                                if _config[k] < n]:
         fail(*_problems)
-    if compare:
+    if task not in ('speed', 'hellaswag') or task == 'hellaswag' and init_from in ('scratch', 'resume', 'auto'):
+        fail(f'--task={task}: task is speed, or hellaswag with --init_from=gpt2, -medium, -large, -xl or a folder')
+    if task == 'hellaswag':
+        run_hellaswag()
+    elif compare:
         compare_with_baseline(sys.argv[1:])
     else:
         main(_config)

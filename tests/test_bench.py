@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from conftest import TINY, script
 
@@ -20,3 +21,37 @@ def test_the_last_line_is_json_with_consistent_figures(project, tmp_path, nproc)
         assert json.load(open(tmp_path / 'trace.json'))['traceEvents']
         os.remove(tmp_path / 'trace.json')
     assert os.listdir(tmp_path) == []
+
+
+def test_hellaswag_scores_equal_a_direct_computation(run):
+    import bench
+    from model import GPT, GPTConfig
+
+    class Words:
+        """A token for each character, as a tokenizer that needs no download."""
+        def encode(self, text):
+            return torch.tensor([ord(c) for c in text])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=128, n_layer=1, n_head=1, n_embd=16))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    model.eval()
+    rows = [dict(ctx='A man sits', endings=['down', 'on a bench', 'x', 'by the sea'], label=i) for i in range(4)]
+    rows += [dict(ctx='The sun', endings=['sets', 'rises and sets', 'is', 'goes'], label=1)]
+    expected = []
+    for row in rows:
+        sums, means = [], []
+        for ending in row['endings']:  # token by token, each from its own context
+            text, total = row['ctx'], 0.0
+            for c in ' ' + ending:
+                with torch.no_grad():
+                    logits = model(torch.tensor([[ord(x) for x in text]]))[0][0, -1].double()
+                total += logits.log_softmax(-1)[ord(c)].item()
+                text += c
+            sums.append(total)
+            means.append(total / (len(ending) + 1))
+        got = bench.score_endings(model, Words(), row['ctx'], row['endings'], run)
+        assert got[0].tolist() == pytest.approx(sums, abs=1e-3) and got[1].tolist() == pytest.approx(means, abs=1e-4)
+        expected.append((sums.index(max(sums)) == row['label'], means.index(max(means)) == row['label']))
+    acc, acc_norm = bench.hellaswag(model, Words(), rows, run)
+    assert (acc, acc_norm) == pytest.approx((sum(a for a, _ in expected) / 5, sum(b for _, b in expected) / 5))

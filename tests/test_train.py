@@ -4,7 +4,10 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -466,14 +469,32 @@ def test_muon_refuses_fsdp(train_run, capsys):
     assert e.value.code == 2 and 'muon needs whole matrices' in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_two_nodes_equal_one_process(project, train_run, tmp_path):
+    # two torchrun agents that meet on the loopback interface
+    one = train_run('--max_iters=5', out=tmp_path / 'one')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    agents = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={i}',
+                                '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=7',
+                                str(project / 'train.py'), *TINY, '--max_iters=5', f'--out_dir={tmp_path / "two"}'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    outputs = [agent.communicate(timeout=120) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sum(out.count('legend of the log lines') for out, _ in outputs) == 1
+    a, b = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
+    assert [r['loss'] for r in a[0]] == pytest.approx([r['loss'] for r in b[0]], abs=1e-4)
+    two = torch.load(tmp_path / 'two' / 'ckpt.pt')
+    assert max((one['model'][k] - two['model'][k]).abs().max().item() for k in one['model']) < 1e-3
+
+
 def test_under_torchrun_a_mistake_is_printed_once(project, tmp_path):
     _, err = script(project, 'train.py', '--widht=3', nproc=2, code=1)
     assert len(re.findall('^error: ', err, re.M)) == 1 and 'exitcode  : 2' in err
 
 
 def test_sigterm_and_ctrl_c_finish_the_step_save_and_say_how_to_go_on(project, tmp_path):
-    import signal
-    import sys
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = subprocess.Popen([sys.executable, '-u', str(project / 'train.py'), *TINY, '--max_iters=100000',
                                     '--eval_interval=50000', f'--out_dir={tmp_path / str(code)}'], stdout=subprocess.PIPE, text=True)

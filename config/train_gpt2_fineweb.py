@@ -1,0 +1,36 @@
+# GPT-2's size with modern parts and Muon on FineWeb: rotary positions, normalized queries and keys, squared ReLU
+#     python data/fineweb/prepare.py --shards=18
+#     torchrun --nproc_per_node=8 train.py config/train_gpt2_fineweb.py
+# not run: no GPU was at hand; the rates follow the published figures of modded-nanogpt's simple track (3.28 in 1.7B tokens)
+out_dir = 'out-gpt2-fineweb'
+dataset = 'fineweb'
+eval_interval = 125
+eval_iters = 160
+sample_prompt = 'Hello, I am a language model,'
+
+# 16 sequences x 1024 tokens x 32 micro-batches = 524,288 tokens, 3,250 times = 1.7B
+batch_size = 16
+block_size = 1024
+gradient_accumulation_steps = 32
+max_iters = 3250
+
+n_layer = 12
+n_head = 6  # heads of 128: the same work in fewer, larger products
+n_embd = 768
+activation = 'relu2'
+norm = 'rmsnorm'
+rotary = True
+qk_norm = True
+tie_weights = False
+zero_init = True
+softcap = 15.0
+
+optimizer = 'muon'
+muon_lr = 0.025
+learning_rate = 3e-3
+weight_decay = 0.05
+beta1 = 0.8
+lr_schedule = 'linear'
+decay_frac = 0.7
+warmup_iters = 0
+min_lr = 0.0

@@ -1,0 +1,25 @@
+# GPT-2 xl (1558M) on OpenWebText, its parameters divided over the GPUs
+#     torchrun --nproc_per_node=8 train.py config/train_gpt2_xl_fsdp.py
+# not run: no GPU was at hand
+out_dir = 'out-gpt2-xl'
+dataset = 'openwebtext'
+eval_interval = 1000
+eval_iters = 200
+sample_prompt = 'Hello, I am a language model,'
+
+parallel = 'fsdp'
+activation_checkpointing = True
+
+# 2 sequences x 1024 tokens x 240 micro-batches = 491,520 tokens
+batch_size = 2
+block_size = 1024
+gradient_accumulation_steps = 240
+n_layer = 48
+n_head = 25
+n_embd = 1600
+bias = True
+
+learning_rate = 2e-4
+min_lr = 2e-5
+max_iters = 600000
+warmup_iters = 2000
