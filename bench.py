@@ -13,7 +13,6 @@ _started = time.perf_counter()
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -133,6 +132,7 @@ def peak_memory(run):
     """Peak memory in bytes: of the GPU's allocator, else of the process."""
     if run.device.type == 'cuda':
         return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 

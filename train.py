@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from configurator import configure, fail, peak_flops, setup
-from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict
+from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
 from model import GPT, Dropout, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -148,19 +148,16 @@ def check_settings(c):
 
 def settings(argv=None):
     """Return the dict of settings from the command line, and the checkpoint to resume from, or None."""
-    config = configure(globals(), argv)
-    if problems := check_settings(config):
-        fail(*problems)
+    config, checkpoint = configure(globals(), argv), None
+    path = os.path.join(out_dir, ckpt)
+    if init_from == 'resume' or init_from == 'auto' and os.path.exists(path):
+        checkpoint = load_checkpoint(path)
+        saved = {k: v for k, v in checkpoint['config'].items() if k not in OF_THIS_PROCESS}
+        config = configure(globals(), argv, saved)
+    elif skip_batches or ckpt != 'ckpt.pt':
+        fail('--skip_batches and --ckpt are for --init_from=resume')
     if init_from == 'auto':
-        globals()['init_from'] = config['init_from'] = 'resume' if os.path.exists(os.path.join(out_dir, ckpt)) else 'scratch'
-    if init_from != 'resume':
-        if skip_batches or ckpt != 'ckpt.pt':
-            fail('--skip_batches and --ckpt are for --init_from=resume')
-        return config, None
-    checkpoint = load_checkpoint(os.path.join(out_dir, ckpt))
-    saved = {k: v for k, v in checkpoint['config'].items() if k not in OF_THIS_PROCESS}
-    config = configure(globals(), argv, saved)
-    globals()['init_from'] = config['init_from'] = 'resume'
+        config['init_from'] = globals()['init_from'] = 'resume' if checkpoint else 'scratch'
     if problems := check_settings(config):
         fail(*problems)
     return config, checkpoint
@@ -193,8 +190,7 @@ def open_dataset(name, block_size, run):
     try:
         with open(files[2], encoding='utf-8') as f:
             meta = json.load(f)
-        tokenizer_vocab = len(meta['tokenizer']['chars']) if meta['tokenizer']['kind'] == 'char' else 50257
-        if tokenizer_vocab != meta['vocab_size'] or meta['dtype'] not in ('uint16', 'uint32'):
+        if tokenizer_size(meta['tokenizer']) != meta['vocab_size'] or meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError('vocab_size or dtype is wrong')
         counts, _, _ = *[(meta[k]['train'], meta[k]['val']) for k in ('tokens', 'bytes')], meta['sha256']
     except (ValueError, KeyError, TypeError) as e:
@@ -210,14 +206,14 @@ def open_dataset(name, block_size, run):
 class Tokens:
     """The token ids in a .bin file, read as windows of block_size + 1.
 
-    Read with pread rather than mapped into memory: resident memory does not grow with the file, and a file that
+    Read rather than mapped into memory: resident memory does not grow with the file, and a file that
     shrinks under us is an error instead of a SIGBUS.
     """
 
     def __init__(self, path, block_size, dtype='uint16', vocab_size=2**32):
         self.path, self.block_size, self.dtype, self.vocab_size = path, block_size, np.dtype(dtype), vocab_size
-        self.file = os.open(path, os.O_RDONLY)
-        size = os.fstat(self.file).st_size
+        self.file = open(path, 'rb', buffering=0)
+        size = os.path.getsize(path)
         if size % self.dtype.itemsize:
             fail(f'{path}: {size} bytes are no whole number of {self.dtype.itemsize}-byte tokens, prepare the dataset anew')
         self.n = size // self.dtype.itemsize
@@ -231,7 +227,8 @@ class Tokens:
         """Return x and y (len(starts), block_size) int64: the windows at starts, and the same one token later."""
         ids = np.empty((len(starts), self.block_size + 1), dtype=self.dtype)
         for row, start in zip(ids, starts):
-            if os.preadv(self.file, [row], int(start) * self.dtype.itemsize) != row.nbytes:
+            self.file.seek(int(start) * self.dtype.itemsize)
+            if self.file.readinto(row) != row.nbytes:
                 fail(f'{self.path} ended at token {start}: it was cut short while in use', code=1)
         if ids.max() >= self.vocab_size:
             fail(f'{self.path}: token id {ids.max()} is outside the vocabulary of {self.vocab_size}, '
@@ -242,8 +239,9 @@ class Tokens:
     def check(self):
         """Fail where an id is outside the vocabulary: among the first 100M tokens, read checks the rest in passing."""
         chunk = 1 << 20
+        self.file.seek(0)
         for start in range(0, min(self.n, 100_000_000), chunk):
-            ids = np.frombuffer(os.pread(self.file, chunk * self.dtype.itemsize, start * self.dtype.itemsize), self.dtype)
+            ids = np.frombuffer(self.file.read(chunk * self.dtype.itemsize), self.dtype)
             if ids.max() >= self.vocab_size:
                 fail(f'{self.path}: token id {ids.max()} at position {start + ids.argmax()} is outside the vocabulary of '
                      f'{self.vocab_size}, prepare the dataset anew')
@@ -536,9 +534,10 @@ def save_checkpoint(checkpoint, path, previous=None):
             os.link(path, f'{previous}.tmp')
             os.replace(f'{previous}.tmp', previous)
         os.replace(temporary, path)
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)  # the new name itself must survive a power cut
-        os.close(descriptor)
+        if os.name == 'posix':
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)  # the new name itself must survive a power cut
+            os.close(descriptor)
     except (OSError, RuntimeError) as e:
         # torch raises a RuntimeError of its own over the file's OSError
         e = e if isinstance(e, OSError) else e.__context__
@@ -593,6 +592,8 @@ def read_checkpoint(path):
         if not isinstance(checkpoint.get(key), kind):
             raise ValueError(f'it has no {key}')
     try:
+        if tokenizer_size(checkpoint['tokenizer']) > checkpoint['model_args']['vocab_size']:
+            raise ValueError('the tokenizer is larger')
         with torch.device('meta'):
             if checkpoint['model_args']['n_layer'] > len(checkpoint['model']):
                 raise ValueError('n_layer is too large')

@@ -300,13 +300,18 @@ class GPT2Tokenizer:
         return {'kind': 'gpt2'}
 
 
+def tokenizer_size(d):
+    """The vocabulary size of the tokenizer that to_dict described; ValueError where d describes none."""
+    if d.get('kind') == 'gpt2':
+        return GPT2Tokenizer.vocab_size
+    if d.get('kind') == 'char' and isinstance(d.get('chars'), str) and len(d['chars']) == len(set(d['chars'])) > 0:
+        return len(d['chars'])
+    raise ValueError('no tokenizer')
+
+
 def tokenizer_from_dict(d):
     """The tokenizer that to_dict described."""
-    if d['kind'] == 'char':
-        return CharTokenizer(d['chars'])
-    if d['kind'] == 'gpt2':
-        return GPT2Tokenizer()
-    raise ValueError(f'unknown tokenizer {d["kind"]!r}')
+    return GPT2Tokenizer() if d['kind'] == 'gpt2' else CharTokenizer(d['chars'])
 
 
 # -----------------------------------------------------------------------------
