@@ -405,11 +405,11 @@ class NotFinite(Exception):
     """A loss or gradient is inf or nan; the weights have not been touched."""
 
 
-def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor, stop=False):
+def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor, stop=False, timed=True):
     """Update the weights once. model is called as model(idx, targets), compiled or not.
 
     micro_batches: this rank's share, a list of (dropout seed, idx, targets). factor: of the highest learning
-    rates. stop: this rank wants to leave.
+    rates. stop: this rank wants to leave. timed: wait for the device between the parts, so that their seconds are true.
     Returns loss (float, mean over micro-batches and ranks), norm (float, of the gradient before clipping), the
     seconds in forward and backward, and whether any rank wants to leave. Raises NotFinite on all ranks alike.
     """
@@ -418,7 +418,8 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
     total[1] = stop
 
     def clock():
-        run.sync()
+        if timed:
+            run.sync()
         return time.perf_counter()
     groups = [group for opt in optimizers for group in opt.param_groups]
     params = [p for group in groups for p in group['params']]
@@ -942,9 +943,10 @@ def main(config, checkpoint=None):
             x, y = train_tokens.train_batch(first, rows, run)
             batches.append((run.derive_seed('dropout', it, micro), x.to(run.device), y.to(run.device)))
         factor = lr_factor(it, config)
+        logged = it == 0 or (it + 1) % log_interval == 0
         try:
             loss, norm, dtf, dtb, stop = train_step(step_model, optimizers, scaler, run, batches, grad_clip, factor,
-                                                    stop=bool(signals))
+                                                    stop=bool(signals), timed=logged)
         except NotFinite as e:
             fail(f'{e} at iteration {it}: stopped before the weights changed, the last checkpoint in {out_dir} is as '
                  'it was', code=1)
@@ -958,7 +960,7 @@ def main(config, checkpoint=None):
             run.print(f'note: float16 overflow at iteration {it - 1}, step skipped ({overflows} in a row)')
 
         # log
-        if it % log_interval == 0 or it == 1:
+        if logged:
             run.sync()
             now = time.perf_counter()
             dt = (now - t0) / (it - since)
