@@ -20,12 +20,13 @@ import sys
 import torch
 from torch.nn import functional as F
 
-from configurator import configure, fail, peak_flops, setup
+import configurator
+from configurator import configure, fail, setup
 from data.common import DATA_DIR, DownloadError, GPT2Tokenizer, download_resumable
 from model import GPT, CausalSelfAttention, Dropout, draw
 from train import *
 from train import check_settings, compile_model, divide, load_gpt2, make_optimizers, model_shape, open_dataset, \
-    place_model, shard_model, train_step
+    place_model, total_peak_flops, train_step
 
 # -----------------------------------------------------------------------------
 # settings
@@ -74,8 +75,7 @@ def plain_generate(model, idx, n):
             row = torch.cat([row, draw(logits[:, -1], temperature=0.8, top_k=200)[:, None]], dim=1)
 
 
-HELLASWAG = dict(
-    url='https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl')
+HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 
 
 def score_endings(model, tokenizer, context, endings, run):
@@ -111,14 +111,15 @@ def hellaswag(model, tokenizer, rows, run):
 
 
 def run_hellaswag():
-    run = setup(device, dtype, False, backend, seed)
+    run = setup(device, dtype, False, backend, seed, deterministic, timeout_s)
     path = os.path.join(DATA_DIR, 'hellaswag', 'hellaswag_val.jsonl')
-    if run.is_main and not os.path.exists(path):
-        try:
-            download_resumable(HELLASWAG['url'], path)
-        except DownloadError as e:
-            fail(f'no HellaSwag: {e}. Get it by other means and save it as {path}')
-    run.barrier()
+    for turn in (run.is_main, run.local_rank == 0):  # one after the other, for nodes that share a disk
+        if turn and not os.path.exists(path):
+            try:
+                download_resumable(HELLASWAG, path)
+            except DownloadError as e:
+                fail(f'no HellaSwag: {e}. Get it by other means and save it as {path}')
+        run.barrier()
     with open(path, encoding='utf-8') as f:
         rows = [json.loads(line) for line in f]
     model = load_gpt2(init_from, 0, 0.0, run).eval().to(run.device)
@@ -179,17 +180,18 @@ def compare_with_baseline(argv):
 
 
 def main(config):
-    run = setup(device, 'float32' if baseline else dtype, False if baseline else compile, backend, seed)
-    micro_batches, part, parts = divide(gradient_accumulation_steps, batch_size, run.rank, run.world_size)
+    if baseline:
+        configurator.keep_memory = lambda: None
+    run = setup(device, 'float32' if baseline else dtype, False if baseline else compile, backend, seed, deterministic,
+                timeout_s)
+    micro_batches, part, parts = divide(config, run)
     rows = batch_size // parts
     if real_tokens:
         meta, tokens, _ = open_dataset(dataset, block_size, run)
         vocab_size = meta['vocab_size']
     else:
         vocab_size = 65 if dataset.endswith('_char') else 50257
-    model = place_model(GPT(model_shape(config, vocab_size)), run, part, parts)
-    if parallel == 'fsdp':
-        model = shard_model(model, run)
+    model = place_model(GPT(model_shape(config, vocab_size)), run, config, part, parts)
     optimizers = make_optimizers(model, run, config)
     if baseline:
         make_plain(model)
@@ -222,8 +224,7 @@ def main(config):
         step(1 + it)
     times = [step(1 + bench_warmup + i) for i in range(bench_steps)]
 
-    peak = peak_tflops * 1e12 or peak_flops(run)
-    peak = peak and run.all_reduce(torch.tensor(peak, device=run.device)).item()
+    peak = total_peak_flops(run, peak_tflops)
     dt, dtf, dtb = (statistics.median(column) for column in zip(*times))
     tps = gradient_accumulation_steps * batch_size * block_size / dt
     result = dict(device=str(run.device), dtype=str(run.dtype).removeprefix('torch.'), compile=run.compile,
@@ -232,7 +233,7 @@ def main(config):
                   mfu=peak and 100 * model.flops_per_token() * tps / peak, peak_tflops=peak and peak / 1e12,
                   peak_memory_mb=peak_memory(run) / 1e6, startup_seconds=startup_seconds,
                   compile_seconds=compile_seconds, first_step_seconds=first_step_seconds)
-    if bench_tokens and run.is_main:
+    if bench_tokens and (run.is_main or parallel == 'fsdp'):  # sharded, all ranks compute together
         for n in (1, 10):
             result[f'sample_tps_{n}'] = time_sampling(model, n, min(bench_tokens, block_size - 1), run, baseline)
     if profile:
@@ -255,6 +256,8 @@ if __name__ == '__main__':
     if _problems := check_settings(_config) + [f'{k}={_config[k]}: {k} is at least {n}' for k, n in _least.items()
                                                if _config[k] < n]:
         fail(*_problems)
+    if (baseline or compare) and (rotary or qk_norm):
+        fail('the baseline is GPT-2\'s attention: --baseline and --compare are for rotary=False and qk_norm=False')
     if task not in ('speed', 'hellaswag') or task == 'hellaswag' and init_from in ('scratch', 'resume', 'auto'):
         fail(f'--task={task}: task is speed, or hellaswag with --init_from=gpt2, -medium, -large, -xl or a folder')
     if task == 'hellaswag':

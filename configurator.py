@@ -14,6 +14,7 @@ import ctypes
 import datetime
 import difflib
 import hashlib
+import importlib.util
 import os
 import re
 import signal
@@ -252,7 +253,7 @@ def pick_device(device):
         origin = f'TORCH_DEVICE={device}'
     if device == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', device):
+    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', str(device)):
         fail(f'{origin}: device is one of auto, cpu, cuda, cuda:N, mps')
     if device.startswith('cuda') and not torch.cuda.is_available():
         fail(f'{origin}: torch sees no CUDA device here, use --device=cpu')
@@ -340,7 +341,7 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
             fail(f'backend={backend}: backend is one of auto, nccl, gloo')
         if backend == 'nccl' and kind != 'cuda':
             fail('backend=nccl needs CUDA devices, use --backend=gloo')
-    device = torch.device(device)
+    device = torch.device('cuda:0' if device == 'cuda' else device)
     if kind == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
@@ -367,7 +368,8 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     if compile not in ('auto', True, False):
         fail(f'compile={compile}: compile is one of auto, True, False')
     if compile == 'auto':
-        compile = kind == 'cuda'  # on a CPU it costs half a minute and gains little
+        # on a CPU it costs half a minute and gains little; on a GPU it needs triton, which not every system has
+        compile = kind == 'cuda' and importlib.util.find_spec('triton') is not None
     if kind == 'cpu' and not compile:
         # with it, torch 2.13 crashes in two of three first compilations, where AOTAutogradCache pickles its entry
         keep_memory()

@@ -87,9 +87,12 @@ class Dropout(nn.Module):
         if not self.training or not self.threshold:
             return x
         n = x.numel() * self.parts
-        # bytes come eight at a time: 64 random bits cost a generator as much as one
-        noise = torch.empty((n + 7) // 8, dtype=torch.int64, device=x.device).random_(-2**63, None)
-        noise = noise.view(torch.uint8)[self.part * x.numel():][:x.numel()].view(x.shape)
+        if x.device.type == 'mps':  # has no generator of 64 bits
+            noise = torch.randint(256, (n,), dtype=torch.uint8, device=x.device)
+        else:
+            # bytes come eight at a time: 64 random bits cost a generator as much as one
+            noise = torch.empty((n + 7) // 8, dtype=torch.int64, device=x.device).random_(-2**63, None).view(torch.uint8)
+        noise = noise[self.part * x.numel():][:x.numel()].view(x.shape)
         return x * ((noise >= self.threshold) * (256 / (256 - self.threshold))).to(x.dtype)
 
     def extra_repr(self):

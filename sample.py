@@ -102,7 +102,7 @@ def main():
         model = GPT(GPTConfig(**checkpoint['model_args']))
         model.load_state_dict(checkpoint['model'])
         tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
-        loss = f'val loss {checkpoint["val_loss"]:.4f}' if weights == 'best' else \
+        loss = f'val loss {checkpoint["val_loss"]:.4f}' if 'val_loss' in checkpoint else \
             f'best val loss until then {checkpoint["best_val_loss"]:.4f}'
         run.print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, {loss}')
     else:

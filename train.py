@@ -20,9 +20,6 @@ import zipfile
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from configurator import configure, fail, peak_flops, setup
@@ -152,6 +149,8 @@ def settings(argv=None):
     path = os.path.join(out_dir, ckpt)
     if init_from == 'resume' or init_from == 'auto' and os.path.exists(path):
         checkpoint = load_checkpoint(path)
+        if 'optimizer' not in checkpoint:
+            fail(f'{path} holds weights to sample from: resume from ckpt.pt or ckpt_prev.pt')
         saved = {k: v for k, v in checkpoint['config'].items() if k not in OF_THIS_PROCESS}
         config = configure(globals(), argv, saved)
     elif skip_batches or ckpt != 'ckpt.pt':
@@ -177,9 +176,9 @@ def open_dataset(name, block_size, run):
     files = [os.path.join(folder, f) for f in ('train.bin', 'val.bin', 'meta.json')]
     missing = [f for f in files if not os.path.exists(f)]
     script = f'data/{name}/prepare.py'
-    if missing and name in ('shakespeare_char', 'shakespeare'):
-        run.print(f'no {os.path.basename(missing[0])} in data/{name} yet: running {script}')
-        if run.is_main:
+    if name in ('shakespeare_char', 'shakespeare'):
+        if missing and run.is_main:
+            run.print(f'no {os.path.basename(missing[0])} in data/{name} yet: running {script}')
             importlib.import_module(f'data.{name}.prepare').main()
         run.barrier()  # the others wait for rank 0
         missing = [f for f in files if not os.path.exists(f)]
@@ -274,18 +273,22 @@ class Tokens:
         return [i * last // max(1, n - 1) for i in range(n)]
 
 
-def divide(gradient_accumulation_steps, batch_size, rank, world_size):
-    """Return this rank's share of an update: (range of micro-batches, part, parts).
+def divide(c, run):
+    """Return this rank's share of an update under settings c: (range of micro-batches, part, parts).
 
     Of each of these micro-batches it takes part `part` of `parts` equal ones of the rows. Whole micro-batches
     where they divide by the processes, else groups of `parts` processes share some.
     """
-    parts = world_size // math.gcd(gradient_accumulation_steps, world_size)
+    if c['parallel'] == 'fsdp' and (run.world_size == 1 or run.dtype == torch.float16):
+        fail('--parallel=fsdp divides the model over the processes of torchrun --nproc_per_node=N, N > 1, in float32 or '
+             'bfloat16')
+    accumulation, batch_size = c['gradient_accumulation_steps'], c['batch_size']
+    parts = run.world_size // math.gcd(accumulation, run.world_size)
     if batch_size % parts:
-        fail(f'gradient_accumulation_steps={gradient_accumulation_steps} micro-batches of batch_size={batch_size} '
-             f'sequences cannot be divided over {world_size} processes: make one of them a multiple of {parts}')
-    group, part = divmod(rank, parts)
-    n = gradient_accumulation_steps * parts // world_size
+        fail(f'gradient_accumulation_steps={accumulation} micro-batches of batch_size={batch_size} sequences cannot be '
+             f'divided over {run.world_size} processes: make one of them a multiple of {parts}')
+    group, part = divmod(run.rank, parts)
+    n = accumulation * parts // run.world_size
     return range(group * n, (group + 1) * n), part, parts
 
 
@@ -293,15 +296,16 @@ def divide(gradient_accumulation_steps, batch_size, rank, world_size):
 # optimization
 
 def load_gpt2(init_from, block_size, dropout, run):
-    """Return the GPT-2 named by init_from, one of GPT2_NAMES or a folder; rank 0 downloads, the others wait."""
+    """Return the GPT-2 named by init_from, one of GPT2_NAMES or a folder; a rank of each node downloads, the others wait."""
     try:
-        if init_from in GPT2_NAMES and run.is_main:
-            gpt2_folder(init_from)
-        run.barrier()
+        for turn in (run.is_main, run.local_rank == 0):  # one after the other, for nodes that share a disk
+            if init_from in GPT2_NAMES and turn:
+                gpt2_folder(init_from)
+            run.barrier()
         folder = gpt2_folder(init_from) if init_from in GPT2_NAMES else init_from
         return GPT.from_pretrained(folder, block_size, dropout)
-    except (ValueError, OSError) as e:
-        fail(f'--init_from={init_from}: {e}')
+    except (ValueError, OSError, KeyError, TypeError) as e:
+        fail(f'--init_from={init_from}: {type(e).__name__}: {e}')
 
 
 def model_shape(c, vocab_size):
@@ -310,39 +314,63 @@ def model_shape(c, vocab_size):
     return GPTConfig(vocab_size=50304 if vocab_size == 50257 else vocab_size, **shape)
 
 
-def place_model(model, run, part, parts):
-    """Return model on the run's device, told that it sees part `part` of `parts` of the rows of each micro-batch."""
+def place_model(model, run, c, part, parts):
+    """Return model on the run's device, or divided over all processes, as settings c say.
+
+    It is told that it sees part `part` of `parts` of the rows of each micro-batch.
+    """
+    model.activation_checkpointing = c['activation_checkpointing']
     for module in model.modules():
         if isinstance(module, Dropout):
             module.part, module.parts = part, parts
-    return model.to(run.device)
+    return shard_model(model, run) if c['parallel'] == 'fsdp' else model.to(run.device)
 
 
 def shard_model(model, run):
     """Divide the parameters of model over all processes (FSDP2): each block's, and the rest, are gathered when needed.
 
-    In float32, or in bfloat16 with gradients summed in float32. Returns the model; its state_dict holds DTensors.
+    In float32, or in bfloat16 with gradients summed in float32. Returns the model, moved to the run's device block by
+    block; its state_dict holds DTensors.
     """
-    policy = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32) if run.dtype != torch.float32 else \
-        MixedPrecisionPolicy()
+    from torch.distributed.device_mesh import init_device_mesh  # here, since they add to every start-up
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy() if run.dtype == torch.float32 else \
+        MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(run.device.type, (run.world_size,))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def whole(x):
-    """x, any nesting of dicts and lists, with sharded tensors made whole, on the CPU; all processes call this together."""
-    return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, x)
+def is_sharded(tensor):
+    return hasattr(tensor, 'full_tensor')  # a DTensor
+
+
+def whole(x, run):
+    """x, any nesting of dicts and lists, with sharded tensors made whole: on rank 0's CPU, the others get None for them.
+
+    All processes call this together.
+    """
+    def gather(t):
+        if not is_sharded(t):
+            return t
+        t = t.full_tensor()
+        return t.cpu() if run.is_main else None
+    return tree_map(gather, x)
 
 
 def load_optimizer(opt, state):
     """Give opt the state of a checkpoint, sharded like its parameters, but keep its own rates, decays and betas."""
     hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
     params = [p for group in opt.param_groups for p in group['params']]
-    state = dict(state, state={i: {
-        k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
-        for k, v in state['state'][i].items()} for i, p in enumerate(params) if i in state['state']})
+
+    def shard(t, p):
+        if not is_sharded(p) or t.shape != p.shape:
+            return t
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
+    state = dict(state, state={i: {k: shard(t, p) for k, t in state['state'][i].items()}
+                               for i, p in enumerate(params) if i in state['state']})
     opt.load_state_dict(state)
     for group, values in zip(opt.param_groups, hyper):
         group.update(values)
@@ -363,6 +391,13 @@ def compile_model(model, rows, run):
     run.sync()
     run.print(f'compiled in {time.perf_counter() - t0:.1f} s')
     return compiled
+
+
+def total_peak_flops(run, peak_tflops):
+    """Return the peak FLOP/s of all devices together, or None where one is not known; peak_tflops > 0 is each one's."""
+    peak = peak_tflops * 1e12 or peak_flops(run) or math.nan
+    peak = run.all_reduce(torch.tensor(peak, device=run.device)).item()
+    return peak if math.isfinite(peak) else None
 
 
 def make_optimizers(model, run, c):
@@ -423,7 +458,7 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
         return time.perf_counter()
     groups = [group for opt in optimizers for group in opt.param_groups]
     params = [p for group in groups for p in group['params']]
-    sharded = isinstance(params[0], DTensor)
+    sharded = is_sharded(params[0])
     for i, (dropout_seed, idx, targets) in enumerate(micro_batches):
         if sharded:  # sum over the ranks, and give up the gathered parameters, after the last micro-batch only
             model.set_requires_gradient_sync(i == len(micro_batches) - 1)
@@ -461,7 +496,8 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
     for group in groups:
         group['lr'] = group['lr_max'] * factor
     for opt in optimizers:
-        scaler.step(opt)
+        if math.isfinite(norm_value):  # the scaler would look at each optimizer's gradients alone
+            scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
     return loss, norm_value, *seconds, bool(total[1] > 0)
@@ -486,7 +522,7 @@ def evaluate(model, tokens, eval_iters, batch_size, run):
         with run.autocast():
             _, loss = model(x.to(run.device), y.to(run.device))
         if count:
-            total += torch.stack([loss.double().cpu() * count, count.double()])
+            total += torch.stack([loss.cpu().double() * count, count.double()])
     model.train()
     total = run.all_reduce(total.float().to(run.device) if run.device.type == 'mps' else total.to(run.device))
     return (total[0] / total[1]).item()
@@ -532,7 +568,10 @@ def save_checkpoint(checkpoint, path, previous=None):
         if previous and os.path.exists(path):
             if os.path.exists(f'{previous}.tmp'):
                 os.remove(f'{previous}.tmp')
-            os.link(path, f'{previous}.tmp')
+            try:
+                os.link(path, f'{previous}.tmp')
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, f'{previous}.tmp')
             os.replace(f'{previous}.tmp', previous)
         os.replace(temporary, path)
         if os.name == 'posix':
@@ -662,9 +701,11 @@ def claim(out_dir):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         fail(f'--out_dir={out_dir} is in use by process {lock.read().strip()}: give another --out_dir, or end that one')
+    except OSError as e:
+        print(f'note: {out_dir} cannot be locked ({e.strerror}): see to it that no second run uses it', flush=True)
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
@@ -729,7 +770,10 @@ def plot_losses(out_dir):
                 label={'loss': 'train, each logged batch', 'train_loss': 'train', 'val_loss': 'val'}[key])
     ax.set(xlabel='iterations', ylabel='loss, nats per token')
     ax.legend()
-    ax.figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=100)
+    try:
+        ax.figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=100)
+    except OSError as e:
+        print(f'note: loss.png not written ({e.strerror})', flush=True)
 
 
 class Metrics:
@@ -754,8 +798,13 @@ class Metrics:
                 os.path.join(config['out_dir'], 'tensorboard'), purge_step=iter_num or None)
 
     def write(self, **row):
-        self.file.write(json.dumps(row) + '\n')
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + '\n')
+            self.file.flush()
+        except OSError as e:
+            free = shutil.disk_usage(os.path.dirname(self.path) or '.').free
+            fail(f'cannot write {self.path} ({e.strerror}): {free / 1e6:.1f} MB are free; the last checkpoint is as it was',
+                 code=1)
         if self.wandb:
             self.wandb.log(row, step=row['step'])
         if self.writer:
@@ -779,9 +828,7 @@ def main(config, checkpoint=None):
         if config[key]:
             optional_import(module, key)
     run = setup(device, dtype, compile, backend, seed, deterministic, timeout_s)
-    if parallel == 'fsdp' and (run.world_size == 1 or run.dtype == torch.float16):
-        fail('--parallel=fsdp divides the model over the processes of torchrun --nproc_per_node=N, N > 1, in float32 or bfloat16')
-    micro_batches, part, parts = divide(gradient_accumulation_steps, batch_size, run.rank, run.world_size)
+    micro_batches, part, parts = divide(config, run)
     rows = batch_size // parts
 
     # data
@@ -825,12 +872,9 @@ def main(config, checkpoint=None):
         model = GPT(shape)
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
-    model.activation_checkpointing = activation_checkpointing
-    model = place_model(model, run, part, parts)
     run.print(model)
     run.print(f'{model.num_params():,} parameters without position embeddings')
-    if parallel == 'fsdp':
-        model = shard_model(model, run)
+    model = place_model(model, run, config, part, parts)
     optimizers = make_optimizers(model, run, config)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
 
@@ -851,6 +895,10 @@ def main(config, checkpoint=None):
                   + ''.join(f', {k}={new} (was {old})' for k, (old, new) in changed.items())
                   + (f', {skipped} batches skipped' if skipped else ''))
         checkpoint = None  # frees its memory
+    if run.world_size > 1:
+        total = run.all_reduce(torch.tensor([iter_num, iter_num**2], dtype=torch.float64, device=run.device))
+        if total[0]**2 != total[1] * run.world_size:  # not the same number on all ranks
+            fail(f'{out_dir} holds step {iter_num} for rank {run.rank}, another for others: is it on a disk that all see?')
     resumed_at = iter_num if init_from == 'resume' else -1
     last_iter = min(max_iters, iter_num + train_iters) if train_iters else max_iters
     if iter_num >= last_iter and resumed_at >= 0 and not eval_only:
@@ -886,8 +934,7 @@ def main(config, checkpoint=None):
         signal.signal(signum, on_signal)
 
     step_model = compile_model(model, rows, run)
-    peak = peak_tflops * 1e12 or peak_flops(run)
-    peak = peak and run.all_reduce(torch.tensor(peak, device=run.device)).item()  # of all devices
+    peak = total_peak_flops(run, peak_tflops)
     sequences = gradient_accumulation_steps * batch_size  # in an update
     run.print(LEGEND)
 
@@ -896,7 +943,7 @@ def main(config, checkpoint=None):
         path = os.path.join(out_dir, name)
         checkpoint = whole({'format': CHECKPOINT_FORMAT, 'model': dict(model.state_dict()),
                             'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
-                            'tokenizer': tokenizer.to_dict(), **more})
+                            'tokenizer': tokenizer.to_dict(), **more}, run)
         if run.is_main:
             save_checkpoint(checkpoint, path, previous)
             run.print(f'saved {path} (step {it})')
@@ -913,7 +960,7 @@ def main(config, checkpoint=None):
             t1 = time.perf_counter()
             train_loss, val_loss = (evaluate(model, t, eval_iters, batch_size, run) for t in (train_tokens, val_tokens))
             best = val_loss < best_val_loss
-            best_val_loss = min(val_loss, best_val_loss)
+            best_val_loss = min(best_val_loss, val_loss)  # in this order, which keeps the best where val_loss is nan
             run.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} '
                       f'best_val_loss={best_val_loss:.4f} train_seconds={train_seconds:.1f} '
                       f'(evaluated in {time.perf_counter() - t1:.1f} s)')

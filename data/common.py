@@ -119,6 +119,10 @@ def download_resumable(url, path):
                 raise
         f.flush()
         os.fsync(f.fileno())
+    with open(part, 'rb') as f:
+        if f.read(64).lstrip()[:1] == b'<':
+            os.remove(part)
+            raise DownloadError(f'{url}: a web page instead of the file')
     os.replace(part, path)
 
 

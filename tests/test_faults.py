@@ -65,6 +65,7 @@ def four(project, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_resume_in_four_processes_is_bit_identical(project, four, tmp_path):
     shutil.copytree(four / 'half', tmp_path / 'out')
     script(project, 'train.py', '--init_from=resume', f'--out_dir={tmp_path / "out"}', nproc=4)
@@ -72,6 +73,7 @@ def test_resume_in_four_processes_is_bit_identical(project, four, tmp_path):
     assert [r['loss'] for r in metrics(tmp_path / 'out')[0]] == [r['loss'] for r in metrics(four / 'whole')[0]]
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_continues_the_same_losses(project, four, train_run, tmp_path):
     shutil.copytree(four / 'half', tmp_path / 'out')
     expected = [r['loss'] for r in metrics(four / 'whole')[0]]
@@ -167,12 +169,12 @@ def test_space_and_permission_are_checked_before_training(project, train_run, tm
 
 def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run):
     out = tmp_path / 'out'
-    process = start(project, *FAST, '--eval_iters=0', '--batch_size=1', '--eval_interval=4', f'--out_dir={out}')
+    process = start(project, *FAST, '--eval_iters=600', '--batch_size=1', '--eval_interval=4', f'--out_dir={out}')
     wait_for(process, '^step=4 loss')  # an evaluation of all windows, one by one, is next
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and 'step=4 train_loss' in rest and load(out)['iter_num'] == 5
-    whole = train_run(*FAST, '--eval_iters=0', '--batch_size=1', '--eval_interval=4', out=tmp_path / 'whole')
+    whole = train_run(*FAST, '--eval_iters=600', '--batch_size=1', '--eval_interval=4', out=tmp_path / 'whole')
     assert equal_runs(train_run('--init_from=resume'), whole)
 
 
@@ -197,6 +199,7 @@ def test_under_torchrun_all_ranks_leave_on_the_same_step(project, tmp_path):
     assert n >= 5 and rest.count(f'stopped by a signal at step {n}') == 1 and 'Connection' not in err
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_rank_was_killed(project, tmp_path):
     out, arguments = tmp_path / 'out', [*FAST, '--max_iters=40', '--eval_interval=5', '--init_from=auto']
     process = start(project, *arguments, f'--out_dir={out}', nproc=2, torchrun=['--max-restarts=3'])
@@ -500,11 +503,19 @@ def test_resume_refuses_other_data(train_run, project, tmp_path, capsys):
     assert e.value.code == 2 and 'the checkpoint was trained with' in err and snapshot(tmp_path / 'out') == before
 
 
-def test_a_user_mistake_in_a_real_process_changes_nothing(project, tmp_path):
+def test_user_mistakes_change_nothing(project, train_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     before = snapshot(project)
     for arguments in (['--init_from=resume'], ['--device=cuda'], ['--batch_size=-1', '--top_k=3'], ['config/none.py'],
-                      ['--init_from=gpt3'], ['--skip_batches=3'], ['--min_lr=1']):
+                      ['--init_from=gpt3'], ['--skip_batches=3'], ['--min_lr=1'], ['--dtype=int4'], ['--parallel=tensor']):
         t0 = time.monotonic()
-        _, err = script(project, 'train.py', *TINY, *arguments, cwd=tmp_path, code=2, env={'CUDA_VISIBLE_DEVICES': ''})
-        assert err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err and time.monotonic() - t0 < 10
+        with pytest.raises(SystemExit) as e:
+            train_run(*arguments)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.splitlines()[-1].startswith('error: ') and time.monotonic() - t0 < 10
     assert snapshot(project) == before and os.listdir(tmp_path) == []
+
+
+def test_a_user_mistake_in_a_real_process_is_one_line(project, tmp_path):
+    _, err = script(project, 'train.py', *TINY, '--device=cuda', cwd=tmp_path, code=2, env={'CUDA_VISIBLE_DEVICES': ''})
+    assert err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err and os.listdir(tmp_path) == []

@@ -75,11 +75,16 @@ def test_exactly_one_window_of_tokens_trains(tmp_path, run, capsys):
     assert 'fewer than block_size + 1' in capsys.readouterr().err
 
 
+def share(accumulation, batch, rank, world):
+    run = Run(torch.device('cpu'), torch.float32, False, rank, rank, world, seed=1)
+    return divide(dict(gradient_accumulation_steps=accumulation, batch_size=batch, parallel='ddp'), run)
+
+
 @pytest.mark.parametrize('accumulation, batch, world', [(1, 8, 2), (4, 8, 2), (6, 4, 4), (3, 8, 8), (40, 12, 8), (1, 8, 1)])
 def test_every_sequence_is_on_exactly_one_rank(accumulation, batch, world):
     seen = []
     for rank in range(world):
-        micro_batches, part, parts = divide(accumulation, batch, rank, world)
+        micro_batches, part, parts = share(accumulation, batch, rank, world)
         rows = batch // parts
         for micro in micro_batches:
             seen += [micro * batch + part * rows + row for row in range(rows)]
@@ -89,7 +94,7 @@ def test_every_sequence_is_on_exactly_one_rank(accumulation, batch, world):
 
 def test_an_indivisible_batch_is_an_error_with_the_numbers(capsys):
     with pytest.raises(SystemExit) as e:
-        divide(2, 9, 0, 4)
+        share(2, 9, 0, 4)
     err = capsys.readouterr().err
     assert e.value.code == 2 and all(n in err for n in ('=2', '=9', '4 processes', 'multiple of 2'))
 
@@ -463,10 +468,13 @@ def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(project, tra
     assert got[1][-1]['val_loss'] == pytest.approx(expected[1][-1]['val_loss'], abs=1e-3)
 
 
-def test_muon_refuses_fsdp(train_run, capsys):
+def test_fsdp_refuses_muon_and_a_single_process(train_run, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         train_run('--optimizer=muon', '--parallel=fsdp')
     assert e.value.code == 2 and 'muon needs whole matrices' in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e:
+        train_run('--parallel=fsdp')  # without torchrun
+    assert e.value.code == 2 and 'torchrun --nproc_per_node=N' in capsys.readouterr().err and not os.path.exists(tmp_path / 'out')
 
 
 @pytest.mark.slow

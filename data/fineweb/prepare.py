@@ -37,6 +37,8 @@ def shard_tokens(url):
 def assemble(names, path):
     """Stream the tokens of the named shards into path; returns their numbers."""
     counts, begin, part = [], 0, f'{path}.part'
+    if os.path.exists(path):
+        os.replace(path, part)  # whole, but the run ended before meta.json; or of fewer shards
     with open(part, 'ab') as f:
         done = os.path.getsize(part)
         for name in names:
@@ -53,9 +55,7 @@ def assemble(names, path):
                 done = end
             begin = end
             print(f'{os.path.basename(path)}: {begin // 2:,} tokens', flush=True)
-    if os.path.getsize(part) != begin:
-        os.remove(part)
-        fail(f'{part} was of another number of shards: removed, run this again')
+    os.truncate(part, begin)  # of an earlier run with more shards
     os.replace(part, path)
     return counts
 
@@ -64,7 +64,8 @@ def main():
     if not 1 <= shards <= 103:
         fail(f'--shards={shards}: there are 1 to 103')
     folder = os.path.join(DATA_DIR, 'fineweb')
-    need_space(folder, (shards + 1) * 200_001_024)
+    have = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if '.bin' in f)
+    need_space(folder, max(0, (shards + 1) * 200_001_024 - have))
     names = {'val': ['fineweb_val_000000.bin'], 'train': [f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1)]}
     tokenizer = GPT2Tokenizer()
     # for bits per byte; end-of-text is no text

@@ -68,8 +68,9 @@ def main():
     if not 1 <= subsets <= 21 or processes < 0:
         fail(f'--subsets={subsets} --processes={processes}: there are 1 to 21 subsets and 0 or more processes')
     folder = os.path.join(DATA_DIR, 'openwebtext')
-    need_space(folder, 860_000_000 * subsets + 625_000_000)  # tokens, and one archive at a time
     paths = [os.path.join(folder, f'{split}.bin.part') for split in ('train', 'val')]
+    have = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    need_space(folder, max(0, 860_000_000 * subsets - have) + 625_000_000)  # tokens, and one archive at a time
     progress = os.path.join(folder, 'progress.json')
     state = {'done': 0, 'sizes': [0, 0], 'bytes': [0, 0]}
     if os.path.exists(progress):
@@ -115,7 +116,8 @@ def main():
             'source': 'Skylion007/openwebtext', 'sha256': hashlib.sha256(repr((subsets, tokens)).encode()).hexdigest(),
             'tokens': tokens, 'bytes': dict(zip(('train', 'val'), state['bytes']))}
     for path in paths:
-        os.replace(path, path.removesuffix('.part'))
+        if os.path.exists(path):  # else an earlier run has ended between here and meta.json
+            os.replace(path, path.removesuffix('.part'))
     write_atomic(os.path.join(folder, 'meta.json'), [json.dumps(meta, indent=1).encode()])
     os.remove(progress)
     print('now train on it: python train.py config/train_gpt2.py')
