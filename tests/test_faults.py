@@ -169,12 +169,12 @@ def test_space_and_permission_are_checked_before_training(project, train_run, tm
 
 def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run):
     out = tmp_path / 'out'
-    process = start(project, *FAST, '--eval_iters=600', '--batch_size=1', '--eval_interval=4', f'--out_dir={out}')
+    process = start(project, *FAST, '--eval_iters=150', '--batch_size=1', '--eval_interval=4', f'--out_dir={out}')
     wait_for(process, '^step=4 loss')  # an evaluation of all windows, one by one, is next
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and 'step=4 train_loss' in rest and load(out)['iter_num'] == 5
-    whole = train_run(*FAST, '--eval_iters=600', '--batch_size=1', '--eval_interval=4', out=tmp_path / 'whole')
+    whole = train_run(*FAST, '--eval_iters=150', '--batch_size=1', '--eval_interval=4', out=tmp_path / 'whole')
     assert equal_runs(train_run('--init_from=resume'), whole)
 
 
