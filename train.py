@@ -863,6 +863,8 @@ def main(config, checkpoint=None):
     if checkpoint:
         problems += [f'data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}'
                      for k, v in checkpoint['data'].items() if data.get(k) != v]
+        if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):  # nanoGPT's has none
+            problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
     if problems:
         fail(*problems)
     config = config | {k: v for k, v in dataclasses.asdict(shape).items() if k in config}
@@ -883,8 +885,6 @@ def main(config, checkpoint=None):
     if checkpoint:
         iter_num, best_val_loss, train_seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'train_seconds'))
         skipped = checkpoint['skipped'] + skip_batches
-        if checkpoint['optimizer'] and len(checkpoint['optimizer']) != len(optimizers):
-            fail(f'optimizer={optimizer} but the checkpoint was trained with optimizer={checkpoint["config"]["optimizer"]}')
         for opt, state in zip(optimizers, checkpoint['optimizer']):
             load_optimizer(opt, state)
         if checkpoint['scaler'] and scaler.is_enabled():

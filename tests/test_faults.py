@@ -503,6 +503,15 @@ def test_resume_refuses_other_data(train_run, project, tmp_path, capsys):
     assert e.value.code == 2 and 'the checkpoint was trained with' in err and snapshot(tmp_path / 'out') == before
 
 
+def test_resume_refuses_another_optimizer_and_weights_alone(train_run, tmp_path, capsys):
+    train_run(*FAST, '--max_iters=3')
+    before = snapshot(tmp_path / 'out')
+    for argument, words in (('--optimizer=muon', 'optimizer=muon but'), ('--ckpt=model.pth', 'holds weights to sample from')):
+        with pytest.raises(SystemExit) as e:
+            train_run('--init_from=resume', '--max_iters=6', argument)
+        assert e.value.code == 2 and words in capsys.readouterr().err and snapshot(tmp_path / 'out') == before
+
+
 def test_user_mistakes_change_nothing(project, train_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     before = snapshot(project)
