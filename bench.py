@@ -113,13 +113,14 @@ def hellaswag(model, tokenizer, rows, run):
 def run_hellaswag():
     run = setup(device, dtype, False, backend, seed, deterministic, timeout_s)
     path = os.path.join(DATA_DIR, 'hellaswag', 'hellaswag_val.jsonl')
-    for turn in (run.is_main, run.local_rank == 0):  # one after the other, for nodes that share a disk
-        if turn and not os.path.exists(path):
+
+    def get():
+        if not os.path.exists(path):
             try:
                 download_resumable(HELLASWAG, path)
             except DownloadError as e:
                 fail(f'no HellaSwag: {e}. Get it by other means and save it as {path}')
-        run.barrier()
+    run.once_per_node(get)
     with open(path, encoding='utf-8') as f:
         rows = [json.loads(line) for line in f]
     model = load_gpt2(init_from, 0, 0.0, run).eval().to(run.device)

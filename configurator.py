@@ -240,6 +240,13 @@ class Run:
         """Wait until all processes are here."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()  # .item() waits on a GPU too
 
+    def once_per_node(self, work):
+        """Call work on rank 0, then on the first rank of each node, which may not share rank 0's disk; the others wait."""
+        for turn in (self.is_main, self.local_rank == 0):
+            if turn:
+                work()
+            self.barrier()
+
     def close(self):
         if self.world_size > 1:
             dist.destroy_process_group()

@@ -298,11 +298,10 @@ def divide(c, run):
 def load_gpt2(init_from, block_size, dropout, run):
     """Return the GPT-2 named by init_from, one of GPT2_NAMES or a folder; a rank of each node downloads, the others wait."""
     try:
-        for turn in (run.is_main, run.local_rank == 0):  # one after the other, for nodes that share a disk
-            if init_from in GPT2_NAMES and turn:
-                gpt2_folder(init_from)
-            run.barrier()
-        folder = gpt2_folder(init_from) if init_from in GPT2_NAMES else init_from
+        folder = init_from
+        if init_from in GPT2_NAMES:
+            run.once_per_node(lambda: gpt2_folder(init_from))
+            folder = gpt2_folder(init_from)
         return GPT.from_pretrained(folder, block_size, dropout)
     except (ValueError, OSError, KeyError, TypeError) as e:
         fail(f'--init_from={init_from}: {type(e).__name__}: {e}')
