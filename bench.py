@@ -4,6 +4,7 @@ Time the train_step of train.py and the generate of sample.py for a configuratio
     python bench.py config/train_shakespeare_char.py
     python bench.py config/train_shakespeare_char_cpu.py --bench_steps=100 --profile=True
     python bench.py config/train_shakespeare_char_cpu.py --compare=3
+    python bench.py config/train_gpt2.py --task=sample --compare=3
     python bench.py --task=hellaswag --init_from=gpt2
 
 Takes all of train.py's settings; writes no checkpoint. The last line of output is one JSON object.
@@ -11,6 +12,7 @@ Takes all of train.py's settings; writes no checkpoint. The last line of output 
 import time
 _started = time.perf_counter()
 
+import copy
 import json
 import os
 import statistics
@@ -25,6 +27,7 @@ from configurator import configure, fail, setup
 from data.common import DATA_DIR, DownloadError, GPT2Tokenizer, download_resumable
 from model import GPT, CausalSelfAttention, Dropout, draw
 from train import *
+from sample import pick_dtype, place_for_generation
 from train import check_settings, compile_model, divide, load_gpt2, make_optimizers, model_shape, open_dataset, \
     place_model, total_peak_flops, train_step
 
@@ -38,7 +41,7 @@ bench_tokens = 200  # tokens to generate, 0 for none
 real_tokens = False  # read batches of the dataset; False: random tokens of GPT-2's or Shakespeare's vocabulary
 profile = False  # write a torch profiler trace of three updates to trace.json
 baseline = False  # time the plain way instead: float32, eager, torch's dropout, AdamW not fused, no key-value cache
-task = 'speed'  # speed | hellaswag: the accuracy of init_from on HellaSwag's 10,042 validation questions
+task = 'speed'  # speed | sample: generation alone | hellaswag: init_from's accuracy on HellaSwag's 10,042 questions
 compare = 0  # run the baseline and the fast way in turn, so many times each, and print the ratios
 
 
@@ -138,10 +141,15 @@ def peak_memory(run):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def time_sampling(model, batch_size, n, run, plain):
-    """Return the tokens per second of generating n tokens for each of batch_size sequences."""
+def time_sampling(model, num_samples, n, run, plain, quantize=''):
+    """Return the tokens per second of generating n tokens for each of num_samples sequences, as sample.py does."""
+    if parallel != 'fsdp':
+        model = copy.deepcopy(model)
+    idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=run.device)
+    if not plain and parallel != 'fsdp':
+        name = pick_dtype(run.device.type, num_samples)
+        place_for_generation(model, run.device, run.dtype if name == 'auto' else getattr(torch, name), quantize)
     model.eval()
-    idx = torch.zeros(batch_size, 1, dtype=torch.int64, device=run.device)
     seconds = []
     for repeat in range(2 if plain else 4):
         run.sync()
@@ -154,8 +162,17 @@ def time_sampling(model, batch_size, n, run, plain):
                 pass
         run.sync()
         seconds.append(time.perf_counter() - t0)
-    model.train()
-    return batch_size * n / statistics.median(seconds[1:])
+    return num_samples * n / statistics.median(seconds[1:])
+
+
+def generation(model, run):
+    """Return the tokens per second of one stream, of ten together, and of one with int8 weights where that exists."""
+    n = min(bench_tokens, block_size - 1)
+    result = {f'sample_tps_{num_samples}': time_sampling(model, num_samples, n, run, baseline) for num_samples in (1, 10)}
+    if run.device.type == 'cpu' and parallel != 'fsdp':
+        # the plain way has no int8, its one stream is what to compare with
+        result['sample_tps_1_int8'] = result['sample_tps_1'] if baseline else time_sampling(model, 1, n, run, False, 'int8')
+    return result
 
 
 def compare_with_baseline(argv):
@@ -169,10 +186,13 @@ def compare_with_baseline(argv):
         if done.returncode:
             raise SystemExit(done.returncode)
         results[plain].append(json.loads(done.stdout.splitlines()[-1]))
-        print(f'{"baseline" if plain else "quill":10} dt={results[plain][-1]["dt"]:.6g}', flush=True)
+        row = results[plain][-1]
+        print(f'{"baseline" if plain else "quill":10} ' + ' '.join(f'{k}={row[k]:.6g}' for k in ('dt', 'sample_tps_1') if k in row),
+              flush=True)
     print(f'{"":20} {"baseline":>12} {"quill":>12} {"ratio":>8}')
     table = {}
-    for key in ('tps', 'sample_tps_1', 'sample_tps_10', 'peak_memory_mb', 'dt', 'startup_seconds', 'first_step_seconds'):
+    for key in ('tps', 'sample_tps_1', 'sample_tps_1_int8', 'sample_tps_10', 'peak_memory_mb', 'dt', 'startup_seconds',
+                'first_step_seconds'):
         if key in results[True][0]:
             a, b = (statistics.median(r[key] for r in results[plain]) for plain in (True, False))
             table[key] = dict(baseline=a, quill=b, ratio=b / a)
@@ -180,34 +200,23 @@ def compare_with_baseline(argv):
     print(json.dumps(table))
 
 
-def main(config):
-    if baseline:
-        configurator.keep_memory = lambda: None
-    run = setup(device, 'float32' if baseline else dtype, False if baseline else compile, backend, seed, deterministic,
-                timeout_s)
+def training(model, config, vocab_size, tokens, run):
+    """Return what was measured of train_step: a dict of figures. tokens: to read from, or None for random ones."""
     micro_batches, part, parts = divide(config, run)
     rows = batch_size // parts
-    if real_tokens:
-        meta, tokens, _ = open_dataset(dataset, block_size, run)
-        vocab_size = meta['vocab_size']
-    else:
-        vocab_size = 65 if dataset.endswith('_char') else 50257
-    model = place_model(GPT(model_shape(config, vocab_size)), run, config, part, parts)
     optimizers = make_optimizers(model, run, config)
     if baseline:
-        make_plain(model)
         for group in optimizers[0].param_groups:
             group.update(fused=False, foreach=False)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    t0 = time.perf_counter()
+    startup_seconds = time.perf_counter() - _started
     step_model = compile_model(model, rows, run)
-    compile_seconds = time.perf_counter() - t0
-    startup_seconds = t0 - _started
+    compile_seconds = time.perf_counter() - _started - startup_seconds
 
     def step(it):
         batches = []
         for micro in micro_batches:
-            if real_tokens:
+            if tokens:
                 first = (it * gradient_accumulation_steps + micro) * batch_size + part * rows
                 x, y = tokens.train_batch(first, rows, run)
             else:
@@ -228,15 +237,6 @@ def main(config):
     peak = total_peak_flops(run, peak_tflops)
     dt, dtf, dtb = (statistics.median(column) for column in zip(*times))
     tps = gradient_accumulation_steps * batch_size * block_size / dt
-    result = dict(device=str(run.device), dtype=str(run.dtype).removeprefix('torch.'), compile=run.compile,
-                  world_size=run.world_size, params=model.num_params(), steps=bench_steps,
-                  dt=dt, dt_min=min(t[0] for t in times), dt_max=max(t[0] for t in times), dtf=dtf, dtb=dtb, tps=tps,
-                  mfu=peak and 100 * model.flops_per_token() * tps / peak, peak_tflops=peak and peak / 1e12,
-                  peak_memory_mb=peak_memory(run) / 1e6, startup_seconds=startup_seconds,
-                  compile_seconds=compile_seconds, first_step_seconds=first_step_seconds)
-    if bench_tokens and (run.is_main or parallel == 'fsdp'):  # sharded, all ranks compute together
-        for n in (1, 10):
-            result[f'sample_tps_{n}'] = time_sampling(model, n, min(bench_tokens, block_size - 1), run, baseline)
     if profile:
         with torch.profiler.profile() as profiler:
             for it in range(3):
@@ -245,6 +245,31 @@ def main(config):
             profiler.export_chrome_trace('trace.json')
             print(profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=12))
             print('wrote trace.json: open it at https://ui.perfetto.dev')
+    return dict(steps=bench_steps, dt=dt, dt_min=min(t[0] for t in times), dt_max=max(t[0] for t in times), dtf=dtf, dtb=dtb,
+                tps=tps, mfu=peak and 100 * model.flops_per_token() * tps / peak, peak_tflops=peak and peak / 1e12,
+                peak_memory_mb=peak_memory(run) / 1e6, startup_seconds=startup_seconds,
+                compile_seconds=compile_seconds, first_step_seconds=first_step_seconds)
+
+
+def main(config):
+    if baseline:
+        configurator.keep_memory = lambda: None
+    run = setup(device, 'float32' if baseline else dtype, False if baseline else compile, backend, seed, deterministic,
+                timeout_s)
+    tokens, vocab_size = None, 65 if dataset.endswith('_char') else 50257
+    if real_tokens:
+        meta, tokens, _ = open_dataset(dataset, block_size, run)
+        vocab_size = meta['vocab_size']
+    model = GPT(model_shape(config, vocab_size))
+    if baseline:
+        make_plain(model)
+    model = place_model(model, run, config, *divide(config, run)[1:])
+    result = dict(device=str(run.device), dtype=str(run.dtype).removeprefix('torch.'), compile=run.compile,
+                  world_size=run.world_size, params=model.num_params())
+    if task == 'speed':
+        result |= training(model, config, vocab_size, tokens, run)
+    if bench_tokens and (run.is_main or parallel == 'fsdp'):  # sharded, all ranks compute together
+        result |= generation(model, run)
     for key, value in result.items():
         run.print(f'{key:20} {value:.6g}' if isinstance(value, float) else f'{key:20} {value}')
     run.print(json.dumps(result))
@@ -259,8 +284,8 @@ if __name__ == '__main__':
         fail(*_problems)
     if (baseline or compare) and (rotary or qk_norm):
         fail('the baseline is GPT-2\'s attention: --baseline and --compare are for rotary=False and qk_norm=False')
-    if task not in ('speed', 'hellaswag') or task == 'hellaswag' and init_from in ('scratch', 'resume', 'auto'):
-        fail(f'--task={task}: task is speed, or hellaswag with --init_from=gpt2, -medium, -large, -xl or a folder')
+    if task not in ('speed', 'sample', 'hellaswag') or task == 'hellaswag' and init_from in ('scratch', 'resume', 'auto'):
+        fail(f'--task={task}: task is speed, sample, or hellaswag with --init_from=gpt2, -medium, -large, -xl or a folder')
     if task == 'hellaswag':
         run_hellaswag()
     elif compare:

@@ -127,6 +127,32 @@ def rotate(x, cos, sin):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).to(x.dtype)
 
 
+class BFloat16Attention(torch.autograd.Function):
+    """Causal attention of q, k, v (B, H, T, D) for training in bfloat16 on a CPU.
+
+    Forward is torch's. Its backward takes twice as long as the five matrix products that it consists of
+    (https://arxiv.org/abs/2205.14135, B), which stand here. They need the attention weights, (T, T) for each head: of as
+    many sequences at a time as make 2**25 of them.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        B, H, T, D = dy.shape
+        mask = torch.full((T, T), -torch.inf, dtype=dy.dtype).triu_(1)
+        grads = []
+        for q, k, v, dy in zip(*(t.split(max(1, 2**25 // (H * T * T))) for t in (*ctx.saved_tensors, dy))):
+            q, k, v, dy = (t.contiguous() for t in (q * D**-0.5, k, v, dy))
+            p = (q @ k.mT).add_(mask).softmax(dim=-1)  # (B, H, T, T)
+            ds = torch._softmax_backward_data(dy @ v.mT, p, -1, p.dtype)
+            grads.append(((ds @ k).mul_(D**-0.5), ds.mT @ q, p.mT @ dy))
+        return tuple(torch.cat(t) if len(t) > 1 else t[0] for t in zip(*grads))
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config, layer):
@@ -152,8 +178,11 @@ class CausalSelfAttention(nn.Module):
             v = v * self.attn_dropout(v.new_ones(B, self.n_head, T, 1))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S+T, D)
-        # one new query sees every cached key; is_causal would align the mask to the upper left
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            y = BFloat16Attention.apply(q, k, v)
+        else:
+            # one new query sees every cached key; is_causal would align the mask to the upper left
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -340,7 +369,7 @@ class GPT(nn.Module):
         that together reach probability top_p. Ids at or beyond vocab_size (padding of the vocabulary) are never
         drawn. Once block_size positions are cached, the last half of the context is fed anew and serves as the
         context from there on, so the cost of a token stays constant. Computes in the dtype of the weights: autocast
-        would cast all of them for every token. The caller sets eval mode.
+        would cast all of them for every token (on a CPU, see store_weights). The caller sets eval mode.
         """
         block_size = self.config.block_size
         tokens = idx[:, -block_size:]
@@ -364,16 +393,63 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one id per row of logits (B, V), as GPT.generate describes; returns (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits, ids = logits / temperature, None
     if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits, ids = logits.topk(top_k)  # in falling order; what follows has only (B, top_k) to do
+    elif top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True)
+    p = logits.softmax(dim=-1)
     if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # of the likelier ones alone: so the first always stays
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # the likelier ones alone reach it: so the first always stays
+    choice = torch.multinomial(p, 1, generator=generator)
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+# -----------------------------------------------------------------------------
+# fewer bytes for the weights, for generation on a CPU
+
+class StoredLinear(nn.Module):
+    """A Linear whose weights are stored as bfloat16, float16 or int8; inputs and outputs are float32.
+
+    One row takes as long as the weights take to read, so fewer bytes are less time; all but the products stays in
+    float32, in which the rest of a step is several times faster on a CPU. int8 has one scale per output channel
+    and rounds each weight to a multiple of it: of at most 1/127 of the channel's largest one.
+    """
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.bias, self.scale = linear.bias, None
+        if dtype == torch.int8:
+            # rounded to bfloat16, as the kernel wants it, but never down: the largest weight must remain within 127
+            self.scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127 * (1 + 2**-8)).bfloat16()
+            weight = (weight / self.scale.float()[:, None]).round()
+        self.weight = weight.to(dtype)  # (out, in), as in nn.Linear
+
+    def forward(self, x):
+        w = self.weight
+        rows = x.numel() // x.size(-1)
+        if self.scale is not None:
+            if rows <= 16:
+                y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), w, self.scale).view(*x.shape[:-1], -1)
+            else:
+                y = F.linear(x, w.float()) * self.scale
+        elif rows == 1:
+            y = torch.mv(w, x.flatten().to(w.dtype)).view(*x.shape[:-1], -1)
+        elif w.dtype == torch.float16:  # whose product is fast with one row only
+            y = F.linear(x, w.float())
+        else:
+            y = F.linear(x.to(w.dtype), w)
+        y = y.float()
+        return y if self.bias is None else y + self.bias
+
+
+def store_weights(model, dtype):
+    """Replace every Linear of model, a float32 GPT on a CPU, by a StoredLinear of dtype, for generation only."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, StoredLinear(child, dtype))
 
 
 # -----------------------------------------------------------------------------

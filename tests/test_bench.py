@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 
@@ -15,12 +16,35 @@ def test_the_last_line_is_json_with_consistent_figures(project, tmp_path, nproc)
     assert result['tps'] * result['dt'] == pytest.approx(4 * 32) and result['dt_min'] <= result['dt'] <= result['dt_max']
     assert 0 < result['dtf'] < result['dt'] and 0 < result['dtb'] < result['dt'] and result['world_size'] == max(1, nproc)
     assert result['peak_tflops'] == pytest.approx(0.001 * max(1, nproc)) and result['mfu'] > 0
-    assert 50 < result['peak_memory_mb'] < 5000 and result['sample_tps_1'] > 0 and result['sample_tps_10'] > 0
+    assert 50 < result['peak_memory_mb'] < 5000 and all(result[f'sample_tps_{n}'] > 0 for n in ('1', '10', '1_int8'))
     assert result['startup_seconds'] > 0 and result['first_step_seconds'] > 0
     if not nproc:
         assert json.load(open(tmp_path / 'trace.json'))['traceEvents']
         os.remove(tmp_path / 'trace.json')
     assert os.listdir(tmp_path) == []
+
+
+def test_the_baseline_and_the_fast_step_learn_alike(project, run):
+    """20 updates on the same batches without dropout: float32 with torch's own parts, and bfloat16 with ours."""
+    import bench
+    from model import GPT, GPTConfig
+    from train import Tokens, make_optimizers, train_step
+    c = dict(optimizer='adamw', weight_decay=0.1, learning_rate=3e-3, beta1=0.9, beta2=0.95)
+    losses = []
+    for plain in (True, False):
+        own_run = dataclasses.replace(run, dtype=torch.float32 if plain else torch.bfloat16)
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=32, vocab_size=128, n_layer=2, n_head=2, n_embd=64))
+        optimizers = make_optimizers(model, own_run, c)
+        if plain:
+            bench.make_plain(model)
+            optimizers[0].param_groups[0].update(fused=False, foreach=False)
+        tokens = Tokens(project / 'data/topics/train.bin', 32)
+        scaler = torch.amp.GradScaler('cpu', enabled=False)
+        losses.append([train_step(model, optimizers, scaler, own_run, [(0, *tokens.train_batch(8 * i, 8, run))], 1.0, 1.0)[0]
+                       for i in range(20)])
+    assert losses[0][0] - min(losses[0]) > 1 and losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 def test_hellaswag_scores_equal_a_direct_computation(run):

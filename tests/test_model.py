@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, Dropout, GPTConfig, draw, read_safetensors, rotate
+from model import GPT, BFloat16Attention, Dropout, GPTConfig, StoredLinear, draw, read_safetensors, rotate, store_weights
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, tie_weights=False, softcap=15.0, bias=False)
@@ -157,6 +157,52 @@ def test_cached_decoding_equals_the_full_forward(variant, batch_size):
         got = [model(tokens[:, :5], cache=cache)[0]] + [model(tokens[:, t:t + 1], cache=cache)[0] for t in range(5, 16)]
         full = model(tokens)[0]
     assert torch.allclose(torch.cat(got, 1), full[:, 4:], atol=1e-4)
+
+
+@pytest.mark.parametrize('shape', [(3, 2, 40, 16), (5, 8, 1024, 8)])  # the second is computed in two parts
+def test_the_bfloat16_attention_gradient_is_as_exact_as_torchs(shape):
+    torch.manual_seed(0)
+    q, k, v, dy = torch.randn(4, *shape).unbind()
+
+    def gradients(attention, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        attention(*leaves).backward(dy.to(dtype))
+        return [t.grad.double() for t in leaves]
+
+    def sdpa(*qkv):
+        return F.scaled_dot_product_attention(*qkv, is_causal=True)
+    for exact, ours, torchs in zip(gradients(sdpa, torch.float64), gradients(BFloat16Attention.apply, torch.bfloat16),
+                                   gradients(sdpa, torch.bfloat16)):
+        assert (ours - exact).norm() < 2 * (torchs - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize('rows', [1, 3, 40])
+@pytest.mark.parametrize('dtype, error', [(torch.bfloat16, 8e-3), (torch.float16, 2e-3), (torch.int8, 1.5e-2)])
+def test_stored_weights_multiply_like_the_ones_they_stand_for(dtype, error, rows):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 96)
+    with torch.no_grad():
+        linear.weight *= torch.logspace(-3, 1, 96)[:, None]  # channels of different size
+        linear.weight[5] = 0
+        x = torch.randn(2, rows, 128)[:1]
+        got, expected = StoredLinear(linear, dtype)(x), linear(x)
+    assert got.dtype == torch.float32 and got.shape == expected.shape
+    for channel in range(96):
+        size = expected[..., channel].abs().max() + linear.weight[channel].norm() * 128**0.5 * 0.1
+        assert (got - expected)[..., channel].abs().max() <= error * size, channel
+
+
+@pytest.mark.parametrize('dtype, error', [(torch.bfloat16, 0.02), (torch.float16, 0.005), (torch.int8, 0.03)])
+def test_logits_with_stored_weights_are_near(dtype, error):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL)).eval()
+    idx = torch.randint(50, (4, 16))
+    with torch.no_grad():
+        exact = model(idx)[0]
+        store_weights(model, dtype)
+        near = model(idx)[0]
+    assert 0 < (near - exact).std() < error * exact.std()
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
 
 
 @pytest.mark.parametrize('variant', [{}, MODERN])

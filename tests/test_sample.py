@@ -50,11 +50,19 @@ def test_sampling_is_repeatable_and_needs_no_dataset(trained, sampled, monkeypat
     assert a[0].splitlines()[2:] != a[1].splitlines()[1:]  # two samples differ
 
 
+@pytest.mark.parametrize('choice', ['--dtype=float16', '--dtype=bfloat16', '--quantize=int8'])
+def test_weights_of_fewer_bytes_still_tell_what_was_learned(trained, sampled, choice):
+    out = sampled(f'--out_dir={trained}', choice, '--start=The ')
+    assert len(out.split('---------------')) == 3 and out.count('\nThe ') == 2
+    if 'dtype' in choice:
+        assert choice[2:] in out  # in the line that says what is used
+
+
 def test_a_batch_of_samples_and_streaming_show_the_same_greedy_text(trained, sampled):
     def texts(out):
         return re.sub(r'.*\n.*\n', '', out, count=1).rsplit('\n', 2)[0]
-    one = texts(sampled(f'--out_dir={trained}', '--num_samples=1', '--temperature=0', '--start=The '))
-    two = texts(sampled(f'--out_dir={trained}', '--num_samples=2', '--temperature=0', '--start=The '))
+    greedy = (f'--out_dir={trained}', '--temperature=0', '--start=The ', '--dtype=float32')
+    one, two = texts(sampled(*greedy, '--num_samples=1')), texts(sampled(*greedy, '--num_samples=2'))
     assert two == f'{one}\n---------------\n{one}\n---------------' and one.startswith('The ') and len(one) == 24
 
 
