@@ -218,7 +218,7 @@ def training(model, config, vocab_size, tokens, run):
         for micro in micro_batches:
             if tokens:
                 first = (it * gradient_accumulation_steps + micro) * batch_size + part * rows
-                x, y = tokens.train_batch(first, rows, run)
+                x, y = tokens.train_batch(first, rows, run, input_noise)
             else:
                 generator = run.generator('bench', it, micro, part)
                 ids = torch.randint(vocab_size, (rows, block_size + 1), generator=generator)

@@ -13,7 +13,7 @@ import torch
 from configurator import configure, fail, pick_device, setup
 from data.common import read_text, tokenizer_from_dict
 from model import GPT, GPTConfig, store_weights
-from train import HERE, encode_prompt, load_checkpoint, load_gpt2
+from train import HERE, encode_prompt, load_checkpoint, load_gpt2, read_shards
 
 # -----------------------------------------------------------------------------
 # settings
@@ -125,7 +125,10 @@ def main():
     run = setup(device, pick_dtype(kind, num_samples) if dtype == 'auto' else dtype, False, 'auto', seed)
     if init_from == 'resume':
         model = GPT(GPTConfig(**checkpoint['model_args']))
-        model.load_state_dict(checkpoint['model'])
+        if 'shards' in checkpoint:
+            read_shards(path, checkpoint, model)
+        else:
+            model.load_state_dict(checkpoint['model'])
         tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
         loss = f'val loss {checkpoint["val_loss"]:.4f}' if 'val_loss' in checkpoint else \
             f'best val loss until then {checkpoint["best_val_loss"]:.4f}'

@@ -12,10 +12,13 @@ import importlib
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import signal
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -38,6 +41,7 @@ eval_interval = 250  # updates between evaluations; each also samples, and saves
 eval_iters = 200  # batches of each split in an evaluation, 0: the whole split
 eval_only = False  # evaluate once and exit, writing nothing
 log_interval = 10  # updates between log lines
+checkpoint_format = 'full'  # full: ckpt.pt holds all | sharded: with fsdp, each process writes its part to shards-*/
 always_save_checkpoint = False  # write model.pth at every evaluation, not only at the best val loss so far
 sample_prompt = 'What is an LLM?'  # continued before training and at every evaluation
 sample_tokens = 256  # length of that continuation, 0 for none
@@ -50,6 +54,7 @@ dataset = 'shakespeare_char'  # a folder in data/
 gradient_accumulation_steps = 1  # micro-batches in an update, over all processes together
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
+input_noise = 0.0  # this part of the input tokens is replaced by random ones in training: regularizes at no cost in time
 skip_batches = 0  # jump over so many updates' worth of data, say a bad stretch, from where this process begins
 # model
 n_layer = 6  # blocks
@@ -117,12 +122,12 @@ def check_settings(c):
         'at least 0': (lambda v: v >= 0, 'eval_iters sample_tokens max_iters train_iters warmup_iters lr_decay_iters '
                                          'weight_decay grad_clip min_lr peak_tflops softcap seed skip_batches'),
         'positive': (lambda v: v > 0, 'learning_rate muon_lr'),
-        'at least 0 and below 1': (lambda v: 0 <= v < 1, 'dropout beta1 beta2 muon_momentum'),
+        'at least 0 and below 1': (lambda v: 0 <= v < 1, 'dropout beta1 beta2 muon_momentum input_noise'),
         'above 0 and at most 1': (lambda v: 0 < v <= 1, 'decay_frac'),
     }
     for rule, (holds, keys) in ranges.items():
         problems += [f'{k}={c[k]}: {k} is {rule}' for k in keys.split() if not (holds(c[k]) and math.isfinite(c[k]))]
-    choices = {'parallel': 'ddp fsdp', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
+    choices = {'parallel': 'ddp fsdp', 'checkpoint_format': 'full sharded', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
                'activation': 'gelu gelu_tanh relu2', 'norm': 'layernorm rmsnorm'}
     problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items()
                  if c[k] not in v.split()]
@@ -132,6 +137,8 @@ def check_settings(c):
         problems.append(f'n_embd={c["n_embd"]} is not a multiple of n_head={c["n_head"]}')
     if c['parallel'] == 'fsdp' and c['optimizer'] == 'muon':
         problems.append('optimizer=muon needs whole matrices: use --optimizer=adamw with --parallel=fsdp')
+    if c['checkpoint_format'] == 'sharded' and c['parallel'] != 'fsdp':
+        problems.append('checkpoint_format=sharded is for --parallel=fsdp, whose processes hold the parts')
     if c['rotary'] and not c['n_embd'] % c['n_head'] and c['n_embd'] // c['n_head'] % 2:
         problems.append(f'n_embd/n_head={c["n_embd"] // c["n_head"]} is odd: rotary=True turns pairs of channels')
     if c['init_from'] not in ('scratch', 'resume', 'auto', *GPT2_NAMES) and not os.path.isdir(c['init_from']):
@@ -245,11 +252,12 @@ class Tokens:
                 fail(f'{self.path}: token id {ids.max()} at position {start + ids.argmax()} is outside the vocabulary of '
                      f'{self.vocab_size}, prepare the dataset anew')
 
-    def train_batch(self, first, count, run):
+    def train_batch(self, first, count, run, noise=0.0):
         """Return x and y of sequences first, ..., first + count - 1 of an endless stream of training windows.
 
         In an epoch the windows lie side by side, from a random offset, and are taken in random order, each
-        once. Both depend on the run's seed and the epoch alone.
+        once. Both depend on the run's seed and the epoch alone; and on the sequence alone, which tokens of x, a part `noise`
+        of all, are replaced by random ones.
         """
         starts = []
         for sequence in range(first, first + count):
@@ -260,7 +268,14 @@ class Tokens:
                 self.epoch, self.offset = epoch, torch.randint(slack + 1, (1,), generator=g).item()
                 self.order = torch.randperm(self.windows_per_epoch, generator=g)
             starts.append(self.offset + self.order[i].item() * self.block_size)
-        return self.read(starts)
+        x, y = self.read(starts)
+        if noise:
+            x = x.clone()  # y is a view of the same memory
+            for row, sequence in zip(x, range(first, first + count)):
+                g = run.generator('noise', sequence)
+                replaced = torch.rand(self.block_size, generator=g) < noise
+                row[replaced] = torch.randint(self.vocab_size, (self.block_size,), generator=g)[replaced]
+        return x, y
 
     def eval_starts(self, n):
         """Return the starts of n evenly spaced windows; of all that cover the file where n is 0 or enough for that.
@@ -573,10 +588,7 @@ def save_checkpoint(checkpoint, path, previous=None):
                 shutil.copyfile(path, f'{previous}.tmp')
             os.replace(f'{previous}.tmp', previous)
         os.replace(temporary, path)
-        if os.name == 'posix':
-            descriptor = os.open(folder, os.O_RDONLY)
-            os.fsync(descriptor)  # the new name itself must survive a power cut
-            os.close(descriptor)
+        sync_folder(folder)
     except (OSError, RuntimeError) as e:
         # torch raises a RuntimeError of its own over the file's OSError
         e = e if isinstance(e, OSError) else e.__context__
@@ -588,6 +600,14 @@ def save_checkpoint(checkpoint, path, previous=None):
             os.remove(temporary)
         fail(f'cannot write {path} ({e.strerror}): it takes {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; '
              'the checkpoint before it is as it was', code=1)
+
+
+def sync_folder(folder):
+    """Make the names in folder survive a power cut."""
+    if os.name == 'posix':
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def tensors_in(x):
@@ -630,18 +650,131 @@ def read_checkpoint(path):
     for key, kind in needed.items():
         if not isinstance(checkpoint.get(key), kind):
             raise ValueError(f'it has no {key}')
+    shapes = {k: v.shape for k, v in checkpoint['model'].items()}
+    if 'shards' in checkpoint:
+        try:
+            metadata = open_shards(path, checkpoint).read_metadata().state_dict_metadata
+            shapes = {k.removeprefix('model.'): v.size for k, v in metadata.items() if k.startswith('model.')}
+        except ValueError:
+            raise
+        except Exception as e:
+            raise ValueError(f'its shards cannot be read: {e}')
     try:
         if tokenizer_size(checkpoint['tokenizer']) > checkpoint['model_args']['vocab_size']:
             raise ValueError('the tokenizer is larger')
         with torch.device('meta'):
-            if checkpoint['model_args']['n_layer'] > len(checkpoint['model']):
+            if checkpoint['model_args']['n_layer'] > len(shapes):
                 raise ValueError('n_layer is too large')
             expected = GPT(GPTConfig(**checkpoint['model_args'])).state_dict()
-        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in checkpoint['model'].items()}:
+        if {k: v.shape for k, v in expected.items()} != shapes:
             raise ValueError('other names or shapes')
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise ValueError(f'its weights do not fit its model_args ({e})')
     return checkpoint
+
+
+def shard_state(model, optimizers=()):
+    """What shards hold, as tensors to write or to read into: weights, and AdamW's state by the names of the parameters."""
+    state = {'model': dict(model.state_dict())}
+    names = {p: name for name, p in model.named_parameters()}
+    for p in (p for opt in optimizers for group in opt.param_groups for p in group['params']):
+        if not optimizers[0].state[p]:  # before the first update
+            optimizers[0].state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                          exp_avg_sq=torch.zeros_like(p))
+        state.setdefault('optimizer', {})[names[p]] = optimizers[0].state[p]
+    return state
+
+
+def write_shards(out_dir, state, it, run):
+    """Write the state, each process its part, to a new folder shards-ID; return what a checkpoint needs to find it.
+
+    That is a dict of its ID and the CRC-32 of its files.
+    """
+    from torch.distributed import all_gather_object
+    from torch.distributed import checkpoint as dcp  # here, since it adds to every start-up
+    stamp = run.all_reduce(torch.tensor(time.time_ns() * run.is_main, device=run.device)).item()
+    folder = os.path.join(out_dir, f'shards-{it}-{stamp}')
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=dcp.DefaultSavePlanner())
+        own = {f: file_crc(os.path.join(folder, f)) for f in os.listdir(folder)
+               if f.startswith(f'__{run.rank}_') or run.is_main and f == '.metadata'}
+    except (OSError, dcp.api.CheckpointException) as e:
+        fail(f'cannot write {folder} ({e}): the checkpoint before it is as it was', code=1)
+    sync_folder(folder)
+    parts = [None] * run.world_size
+    all_gather_object(parts, own)
+    return {'id': f'{it}-{stamp}', 'crc': {f: crc for part in parts for f, crc in part.items()}}
+
+
+def file_crc(path):
+    crc = 0
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def open_shards(path, checkpoint):
+    """Return a reader, for torch.distributed.checkpoint, of the shards that belong to the checkpoint at path.
+
+    Its metadata is a pickle: only the classes that describe tensors are taken from it.
+    """
+    from torch.distributed import checkpoint as dcp
+    shards = checkpoint['shards']
+    if not re.fullmatch(r'\d+-\d+', shards['id']):
+        raise ValueError('its shards have no sound name')
+    folder = os.path.join(os.path.dirname(path), f'shards-{shards["id"]}')
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            value = super().find_class(module, name) if module in (
+                'torch', 'torch.serialization', 'torch.distributed.checkpoint.metadata',
+                'torch.distributed.checkpoint.filesystem', 'pathlib') else None
+            if isinstance(value, torch.dtype) or name in (
+                    'Size', '_get_layout', '_StorageInfo', 'Metadata', 'TensorStorageMetadata', 'TensorProperties',
+                    '_MEM_FORMAT_ENCODING', 'ChunkStorageMetadata', 'MetadataIndex', 'StorageMeta', 'PosixPath', 'WindowsPath'):
+                return value
+            raise ValueError(f'{module}.{name} in it describes no tensor')
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            with open(os.path.join(folder, '.metadata'), 'rb') as f:
+                metadata = Unpickler(f).load()
+            if {info.relative_path for info in metadata.storage_data.values()} - set(shards['crc']):
+                raise ValueError(f'{folder} names files that are not its own')
+            return metadata
+    if missing := [f for f in shards['crc'] if not re.fullmatch(r'__\d+_\d+\.distcp|\.metadata', f)
+                   or not os.path.isfile(os.path.join(folder, f))]:
+        raise ValueError(f'{folder} lacks {missing[0]}')
+    return Reader(folder)
+
+
+def read_shards(path, checkpoint, model, optimizers=(), run=None):
+    """Fill model and optimizers from the shards of the checkpoint at path: each process its part, however many wrote them."""
+    from torch.distributed import checkpoint as dcp
+    reader = open_shards(path, checkpoint)
+    rank, world_size = (run.rank, run.world_size) if run else (0, 1)
+    for name, crc in sorted(checkpoint['shards']['crc'].items())[rank::world_size]:
+        if file_crc(os.path.join(reader.path, name)) != crc:
+            fail(f'cannot use {path}: {name} in {reader.path} is damaged')
+    if run:
+        run.barrier()  # not before all have found their part sound
+    dcp.load(shard_state(model, optimizers), storage_reader=reader, no_dist=world_size == 1)
+
+
+def remove_shards(out_dir):
+    """Remove the shards in out_dir that no checkpoint there belongs to."""
+    used = set()
+    for name in os.listdir(out_dir):
+        if name.endswith(('.pt', '.pth')):
+            try:
+                checkpoint = torch.load(os.path.join(out_dir, name), map_location='cpu', weights_only=True, mmap=True)
+                used.add(f'shards-{checkpoint.get("shards", {}).get("id")}')
+            except Exception:
+                return  # unreadable: what it belongs to must stay
+    for name in os.listdir(out_dir):
+        if re.fullmatch(r'shards-\d+-\d+', name) and name not in used:
+            shutil.rmtree(os.path.join(out_dir, name))
 
 
 def adopt_nanogpt(checkpoint, path):
@@ -871,7 +1004,7 @@ def main(config, checkpoint=None):
         lock = claim(out_dir)  # held until this process ends
     if not pretrained:
         model = GPT(shape)
-    if checkpoint:
+    if checkpoint and 'shards' not in checkpoint:
         model.load_state_dict(checkpoint['model'])
     run.print(model)
     run.print(f'{model.num_params():,} parameters without position embeddings')
@@ -884,8 +1017,11 @@ def main(config, checkpoint=None):
     if checkpoint:
         iter_num, best_val_loss, train_seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'train_seconds'))
         skipped = checkpoint['skipped'] + skip_batches
-        for opt, state in zip(optimizers, checkpoint['optimizer']):
-            load_optimizer(opt, state)
+        if 'shards' in checkpoint:
+            read_shards(os.path.join(out_dir, ckpt), checkpoint, model, optimizers, run)
+        else:
+            for opt, state in zip(optimizers, checkpoint['optimizer']):
+                load_optimizer(opt, state)
         if checkpoint['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint['scaler'])
         changed = {k: (v, config[k]) for k, v in checkpoint['config'].items()
@@ -937,14 +1073,23 @@ def main(config, checkpoint=None):
     sequences = gradient_accumulation_steps * batch_size  # in an update
     run.print(LEGEND)
 
+    sharded = checkpoint_format == 'sharded'
+    shards = {}  # of the last step that wrote some
+
     def save(name, previous=None, **more):
         """Write the weights and what explains them to out_dir/name."""
         path = os.path.join(out_dir, name)
-        checkpoint = whole({'format': CHECKPOINT_FORMAT, 'model': dict(model.state_dict()),
+        if sharded and it not in shards:  # ckpt.pt and model.pth of one step share them
+            shards.clear()
+            shards[it] = write_shards(out_dir, shard_state(model, optimizers), it, run)
+        weights = {'model': {}, 'shards': shards[it]} if sharded else {'model': dict(model.state_dict())}
+        checkpoint = whole({'format': CHECKPOINT_FORMAT, **weights,
                             'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
                             'tokenizer': tokenizer.to_dict(), **more}, run)
         if run.is_main:
             save_checkpoint(checkpoint, path, previous)
+            if sharded:
+                remove_shards(out_dir)
             run.print(f'saved {path} (step {it})')
 
     # the clock runs in steps only: t0 is when it last started, since is the step it then had
@@ -973,7 +1118,7 @@ def main(config, checkpoint=None):
                 save('model.pth', val_loss=val_loss)
         if due and (it or it == last_iter) or stop:
             save('ckpt.pt', previous=os.path.join(out_dir, 'ckpt_prev.pt'),
-                 optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
+                 optimizer=[{} if sharded else opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
                  best_val_loss=best_val_loss, train_seconds=train_seconds, data=data, skipped=skipped)
         if due:
             since, t0 = it, time.perf_counter()
@@ -986,7 +1131,7 @@ def main(config, checkpoint=None):
         batches = []
         for micro in micro_batches:
             first = ((it + skipped) * gradient_accumulation_steps + micro) * batch_size + part * rows
-            x, y = train_tokens.train_batch(first, rows, run)
+            x, y = train_tokens.train_batch(first, rows, run, input_noise)
             batches.append((run.derive_seed('dropout', it, micro), x.to(run.device), y.to(run.device)))
         factor = lr_factor(it, config)
         logged = it == 0 or (it + 1) % log_interval == 0

@@ -2,6 +2,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -63,6 +64,17 @@ def test_batches_depend_on_seed_and_position_alone(tokens, run):
     assert torch.equal(torch.cat([b.train_batch(100 + i, 3, run)[0] for i in (0, 3, 6, 9)]), whole)
     other = Run(run.device, run.dtype, False, 0, 0, 1, seed=2)
     assert not torch.equal(tokens().train_batch(100, 12, other)[0], whole)
+
+
+def test_input_noise_replaces_its_part_of_x_alone(tokens, run):
+    clean, noisy = tokens(), tokens()
+    noisy.vocab_size = 1000
+    x, y = clean.train_batch(0, 180, run)
+    x_noisy, y_noisy = noisy.train_batch(0, 180, run, 0.1)
+    assert torch.equal(y_noisy, y) and 0.08 < (x_noisy != x).float().mean() < 0.12
+    ids = x_noisy[x_noisy != x]
+    assert ids.min() < 50 and ids.max() > 950 and len(ids.unique()) > 150  # any token
+    assert torch.equal(torch.cat([noisy.train_batch(i, 60, run, 0.1)[0] for i in (0, 60, 120)]), x_noisy)
 
 
 def test_exactly_one_window_of_tokens_trains(tmp_path, run, capsys):
@@ -466,6 +478,71 @@ def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(project, tra
     assert [r['loss'] for r in got[0]] == pytest.approx([r['loss'] for r in expected[0]], abs=1e-3)
     assert [r['norm'] for r in got[0]] == pytest.approx([r['norm'] for r in expected[0]], abs=5e-3)
     assert got[1][-1]['val_loss'] == pytest.approx(expected[1][-1]['val_loss'], abs=1e-3)
+
+
+def test_a_sharded_checkpoint_is_read_by_any_number_of_processes(project, train_run, tmp_path, capsys):
+    import sample
+    from train import load_checkpoint, read_checkpoint
+    more = ['--gradient_accumulation_steps=4', '--max_iters=20', '--eval_interval=5', '--log_interval=1']
+    train_run(*more, out=tmp_path / 'ddp')
+    out = tmp_path / 'sharded'
+    script(project, 'train.py', *TINY, *more, '--parallel=fsdp', '--checkpoint_format=sharded', '--train_iters=10',
+           f'--out_dir={out}', nproc=2)
+    shards = sorted(f for f in os.listdir(out) if f.startswith('shards-'))
+    assert [s.split('-')[1] for s in shards] == ['10', '5']  # of ckpt.pt and ckpt_prev.pt, which is all
+    assert sorted(os.listdir(out / shards[0])) == ['.metadata', '__0_0.distcp', '__1_0.distcp']
+    assert os.path.getsize(out / 'ckpt.pt') < 20_000
+    # sampling from it, and going on in one process
+    configure(vars(sample), [f'--out_dir={out}', '--weights=last', '--max_new_tokens=5', '--num_samples=1'])
+    sample.main()
+    assert 'step 10' in capsys.readouterr().out
+    shutil.copytree(out, tmp_path / 'on')
+    train_run('--init_from=resume', '--parallel=ddp', '--checkpoint_format=full', out=tmp_path / 'on')
+    expected, got = metrics(tmp_path / 'ddp'), metrics(tmp_path / 'on')
+    assert [r['loss'] for r in got[0]] == pytest.approx([r['loss'] for r in expected[0]], abs=1e-3)
+    assert [r['norm'] for r in got[0]] == pytest.approx([r['norm'] for r in expected[0]], abs=5e-3)
+
+    # damage, and code in the metadata
+    data, metadata = out / shards[0] / '__1_0.distcp', out / shards[0] / '.metadata'
+    content, description = bytearray(data.read_bytes()), metadata.read_bytes()
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(SystemExit) as e:
+        sample.main()
+    assert e.value.code == 2 and '__1_0.distcp' in capsys.readouterr().err
+    metadata.write_bytes(pickle.dumps(Bomb(str(tmp_path / 'exploded'))))
+    with pytest.raises(ValueError, match='describes no tensor'):
+        read_checkpoint(str(out / 'ckpt.pt'))
+    with pytest.raises(SystemExit) as e:
+        load_checkpoint(str(out / 'ckpt.pt'))
+    assert e.value.code == 2 and 'ckpt_prev.pt is good (step 5)' in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / 'exploded')
+    metadata.write_bytes(description.replace(b'__1_0.distcp', b'__7_0.distcp'))
+    with pytest.raises(ValueError, match='not its own'):
+        read_checkpoint(str(out / 'ckpt.pt'))
+    data.unlink()
+    with pytest.raises(ValueError, match='lacks'):
+        read_checkpoint(str(out / 'ckpt.pt'))
+
+
+class Bomb:
+    """Unpickled carelessly, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.slow
+def test_sharded_and_full_checkpoints_resume_to_the_same_bits(project, tmp_path):
+    more = [*TINY, '--parallel=fsdp', '--eval_interval=5', '--always_save_checkpoint=True']
+    script(project, 'train.py', *more, f'--out_dir={tmp_path / "straight"}', nproc=2)
+    script(project, 'train.py', *more, f'--out_dir={tmp_path / "parts"}', '--checkpoint_format=sharded', '--train_iters=5', nproc=2)
+    script(project, 'train.py', f'--out_dir={tmp_path / "parts"}', '--init_from=resume', '--checkpoint_format=full', nproc=2)
+    straight, parts = (torch.load(tmp_path / d / 'ckpt.pt', weights_only=True) for d in ('straight', 'parts'))
+    assert same_tensors(straight['model'], parts['model']) and same_tensors(straight['optimizer'], parts['optimizer'])
 
 
 def test_fsdp_refuses_muon_and_a_single_process(train_run, tmp_path, capsys):
