@@ -399,7 +399,7 @@ def compile_model(model, rows, run):
     compiled = torch.compile(model)
     idx = torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=run.device)
     with run.autocast():
-        _, loss = compiled(idx, idx)
+        _, loss = compiled(idx, idx.clone())  # two tensors, as in training: else it would be compiled anew there
     loss.backward()
     model.zero_grad(set_to_none=True)
     run.sync()
