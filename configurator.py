@@ -319,12 +319,23 @@ def fresh_store(rank, world_size, timeout):
     return dist.PrefixStore(token, store)
 
 
-def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, deterministic=False, timeout_s=1800):
+def worth_compiling(kind, micro_batches):
+    """Whether torch.compile saves more time than it takes, on this kind of device, in so many micro-batches of one process.
+
+    On a CPU it takes half a minute or more and gains little (what was tried, at the top of bench.py). On a GPU it takes about
+    a minute and saves some 30 ms a micro-batch, a rule of thumb; it needs triton there, which not every system has.
+    """
+    return kind == 'cuda' and micro_batches >= 2000 and importlib.util.find_spec('triton') is not None
+
+
+def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, deterministic=False, timeout_s=1800,
+          micro_batches=float('inf')):
     """Return the Run for these settings, after one printed line that says what is used.
 
     device: auto | cpu | cuda | cuda:N | mps. dtype: auto | float32 | bfloat16 | float16.
     compile: auto | True | False. backend of torch.distributed: auto | nccl | gloo.
     deterministic: the same bits from the same work on a GPU too. timeout_s: how long one process waits for another.
+    micro_batches: how many the whole run has, on which compile='auto' depends.
     'auto' chooses for the machine; anything else is done, or refused with exit code 2. One process, or one of
     many under torchrun.
     """
@@ -375,8 +386,7 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     if compile not in ('auto', True, False):
         fail(f'compile={compile}: compile is one of auto, True, False')
     if compile == 'auto':
-        # on a CPU it costs half a minute and gains little; on a GPU it needs triton, which not every system has
-        compile = kind == 'cuda' and importlib.util.find_spec('triton') is not None
+        compile = worth_compiling(kind, micro_batches / world_size)
     if kind == 'cpu' and not compile:
         # with it, torch 2.13 crashes in two of three first compilations, where AOTAutogradCache pickles its entry
         keep_memory()

@@ -33,7 +33,7 @@ class GPTConfig:
     activation: str = 'gelu'  # gelu (exact) | gelu_tanh (OpenAI's GPT-2) | relu2 (https://arxiv.org/abs/2109.08668)
     norm: str = 'layernorm'  # layernorm | rmsnorm (https://arxiv.org/abs/1910.07467)
     rotary: bool = False  # rotary positions (https://arxiv.org/abs/2104.09864) instead of learned ones
-    qk_norm: bool = False  # RMS-normalize queries and keys (https://arxiv.org/abs/2302.05442)
+    qk_norm: bool = False  # LayerNorm, without parameters, of queries and keys (https://arxiv.org/abs/2302.05442)
     tie_weights: bool = True  # lm_head shares the matrix of wte
     zero_init: bool = False  # c_proj starts at zero, so every block starts as the identity
     softcap: float = 0.0  # c * tanh(logits / c), 0 for none (https://arxiv.org/abs/2408.00118)
@@ -59,7 +59,7 @@ class GPTConfig:
 ACTIVATIONS = {
     'gelu': F.gelu,
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
-    'relu2': lambda x: F.relu(x).square(),
+    'relu2': lambda x: F.relu(x).pow(2),  # the gradient of square() takes ten times as long in bfloat16 on a CPU
 }
 
 
@@ -122,9 +122,8 @@ class KVCache:
 
 
 def rotate(x, cos, sin):
-    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by angles given as cos and sin (T, D/2)."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).to(x.dtype)
+    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by angles given as [cos, cos] and [-sin, sin] (T, D)."""
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
 
 
 class BFloat16Attention(torch.autograd.Function):
@@ -169,7 +168,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if self.training and self.attn_dropout.threshold:
@@ -235,8 +234,8 @@ class GPT(nn.Module):
         if config.rotary:
             half = config.n_embd // config.n_head // 2
             angles = torch.outer(torch.arange(config.block_size), 10000 ** (-torch.arange(half) / half))  # (T, D/2)
-            self.register_buffer('cos', angles.cos(), persistent=False)
-            self.register_buffer('sin', angles.sin(), persistent=False)
+            self.register_buffer('cos', angles.cos().repeat(1, 2), persistent=False)
+            self.register_buffer('sin', torch.cat([-angles.sin(), angles.sin()], dim=1), persistent=False)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 # each block adds two terms to the residual stream: keep their sum's variance independent of depth

@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import time
+import warnings
 import zipfile
 import zlib
 
@@ -93,7 +94,7 @@ deterministic = False  # the same bits in every run on a GPU as well, where some
 timeout_s = 1800  # a process that hears nothing from another for so long ends
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # auto (what the device is fastest in) | float32 | bfloat16 | float16
-compile = 'auto'  # torch.compile: auto (on cuda) | True | False
+compile = 'auto'  # torch.compile: auto (on cuda, in a run long enough to repay it) | True | False
 backend = 'auto'  # of torch.distributed: auto | nccl | gloo
 parallel = 'ddp'  # ddp: every process holds the whole model | fsdp: a part, for models that fit no device alone
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more computation
@@ -759,7 +760,9 @@ def read_shards(path, checkpoint, model, optimizers=(), run=None):
             fail(f'cannot use {path}: {name} in {reader.path} is damaged')
     if run:
         run.barrier()  # not before all have found their part sound
-    dcp.load(shard_state(model, optimizers), storage_reader=reader, no_dist=world_size == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that it loads in one process, which is what we want
+        dcp.load(shard_state(model, optimizers), storage_reader=reader, no_dist=world_size == 1)
 
 
 def remove_shards(out_dir):
@@ -959,7 +962,8 @@ def main(config, checkpoint=None):
     for key, module in (('wandb_log', 'wandb'), ('tensorboard', 'torch.utils.tensorboard')):
         if config[key]:
             optional_import(module, key)
-    run = setup(device, dtype, compile, backend, seed, deterministic, timeout_s)
+    run = setup(device, dtype, compile, backend, seed, deterministic, timeout_s,
+                micro_batches=max_iters * gradient_accumulation_steps)
     micro_batches, part, parts = divide(config, run)
     rows = batch_size // parts
 

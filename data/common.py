@@ -105,8 +105,11 @@ def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0):
         raise DownloadError(f'{url}: sha256 is {digest.hexdigest()} instead of {sha256}')
 
 
-def download_resumable(url, path):
-    """Write the file at url to path; what an interrupted call has left in path.part is not fetched again."""
+def download_resumable(url, path, sha256=None):
+    """Write the file at url to path; what an interrupted call has left in path.part is not fetched again.
+
+    A file with another sha256 is removed.
+    """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = f'{path}.part'
     start = os.path.getsize(part) if os.path.exists(part) else 0
@@ -116,13 +119,17 @@ def download_resumable(url, path):
                 f.write(chunk)
         except DownloadError as e:
             if 'HTTP status 416' not in str(e):  # nothing lies behind the last byte: it had arrived
+                if not f.tell():
+                    os.remove(part)
                 raise
         f.flush()
         os.fsync(f.fileno())
     with open(part, 'rb') as f:
-        if f.read(64).lstrip()[:1] == b'<':
-            os.remove(part)
-            raise DownloadError(f'{url}: a web page instead of the file')
+        wrong = 'a web page instead of the file' if f.read(64).lstrip()[:1] == b'<' else \
+            'another sha256 than expected' if sha256 and sha256_file(part) != sha256 else ''
+    if wrong:
+        os.remove(part)
+        raise DownloadError(f'{url}: {wrong}')
     os.replace(part, path)
 
 

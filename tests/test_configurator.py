@@ -167,3 +167,13 @@ def test_every_config_file_loads():
         lines = open(path).read().splitlines()
         assert len(lines) <= 40 and any(f'config/{name}' in line for line in lines[:4]), name
     configure(vars(train), [])
+
+
+def test_short_runs_and_cpus_are_not_compiled(monkeypatch):
+    import importlib.util
+    from configurator import worth_compiling
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+    assert worth_compiling('cuda', 5000) and not worth_compiling('cuda', 500)
+    assert not worth_compiling('cpu', 10**9) and not worth_compiling('mps', 10**9)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    assert not worth_compiling('cuda', 5000)  # without triton

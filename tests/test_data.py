@@ -270,6 +270,21 @@ def shard(n, seed, magic=20240520):
     return header.tobytes() + ids.tobytes(), ids
 
 
+def test_a_resumed_download_is_checked_as_a_whole(hub, tmp_path):
+    body, path = bytes(range(256)) * 4000, tmp_path / 'file'
+    Hub.files, Hub.budget = {'/file': body}, 100_000
+    with pytest.raises(common.DownloadError):
+        common.download_resumable(f'{hub}/file', str(path))
+    assert not path.exists() and os.path.getsize(f'{path}.part') > 0
+    common.download_resumable(f'{hub}/file', str(path), hashlib.sha256(body).hexdigest())
+    assert path.read_bytes() == body and Hub.requests[-1][1] > 0  # from where it was
+    with pytest.raises(common.DownloadError, match='sha256'):
+        common.download_resumable(f'{hub}/file', str(tmp_path / 'other'), hashlib.sha256(body[1:]).hexdigest())
+    with pytest.raises(common.DownloadError, match='404'):
+        common.download_resumable(f'{hub}/nothing', str(tmp_path / 'other'))
+    assert os.listdir(tmp_path) == ['file']
+
+
 def test_fineweb_shards_are_streamed_and_an_interrupted_run_goes_on(project, hub, bpe):
     base, folder = '/datasets/kjj0/fineweb10B-gpt2/resolve/main/', project / 'data' / 'fineweb'
     parts = {f'fineweb_train_{i:06}.bin': shard(200_000 + i, i) for i in (1, 2)} | {'fineweb_val_000000.bin': shard(5000, 9)}

@@ -113,11 +113,11 @@ def test_the_modern_parts_equal_their_formulas():
     # rotary: a turn of complex numbers, so products depend on the distance only
     x = torch.randn(1, 1, 5, 8)
     angles = torch.outer(torch.arange(5), 10000 ** (-torch.arange(4) / 4))
-    got = rotate(x, angles.cos(), angles.sin())
+    got = rotate(x, angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], 1))
     z = torch.complex(x[..., :4].double(), x[..., 4:].double()) * torch.polar(torch.ones(5, 4).double(), angles.double())
     assert torch.allclose(got, torch.cat([z.real, z.imag], -1).float(), atol=1e-6)
     model = make(**MODERN)
-    assert torch.allclose(model.cos[3], angles.new_tensor([math.cos(3 * 10000 ** (-i / 8)) for i in range(8)]))
+    assert torch.allclose(model.cos[3], angles.new_tensor([math.cos(3 * 10000 ** (-i / 8)) for i in range(8)] * 2))
     # rmsnorm, relu2, softcap
     block, x = model.transformer.h[0], torch.randn(2, 3, 32)
     rms = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.ln_1.weight

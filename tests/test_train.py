@@ -77,6 +77,40 @@ def test_input_noise_replaces_its_part_of_x_alone(tokens, run):
     assert torch.equal(torch.cat([noisy.train_batch(i, 60, run, 0.1)[0] for i in (0, 60, 120)]), x_noisy)
 
 
+def resident(pid='self'):
+    """Resident memory of a process in bytes."""
+    with open(f'/proc/{pid}/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+linux = pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='reads /proc')
+
+
+@linux
+def test_a_file_of_1_gb_is_not_loaded(tmp_path, run):
+    with open(tmp_path / 'x.bin', 'wb') as f:
+        f.truncate(10**9)
+    before = resident()
+    data = Tokens(str(tmp_path / 'x.bin'), 1024, vocab_size=50257)
+    data.check()
+    for i in range(50):
+        data.train_batch(12 * 1000 * i, 12, run)
+    assert resident() - before < 100e6
+
+
+@linux
+@pytest.mark.slow
+def test_memory_does_not_grow_over_2000_updates(project, tmp_path):
+    process = subprocess.Popen([sys.executable, '-u', str(project / 'train.py'), *TINY, '--max_iters=2000', '--log_interval=100',
+                                '--eval_interval=500', f'--out_dir={tmp_path / "out"}'], stdout=subprocess.PIPE, text=True)
+    sizes = {}
+    for line in process.stdout:
+        if line.startswith('step=') and 'dt=' in line:
+            sizes[int(line[5:line.index(' ')])] = resident(process.pid)
+    assert process.wait() == 0 and 1900 in sizes
+    assert sizes[1900] < 1.05 * sizes[600]  # the first evaluations and saves are in both
+
+
 def test_exactly_one_window_of_tokens_trains(tmp_path, run, capsys):
     np.arange(17, dtype=np.uint16).tofile(tmp_path / 'x.bin')
     data = Tokens(str(tmp_path / 'x.bin'), 16)
