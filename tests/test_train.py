@@ -514,6 +514,18 @@ def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(project, tra
     assert got[1][-1]['val_loss'] == pytest.approx(expected[1][-1]['val_loss'], abs=1e-3)
 
 
+def test_a_short_speedrun_learns_faster_than_the_defaults(train_run, tmp_path):
+    """60 updates of the speedrun's recipe, made small."""
+    small = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--batch_size=16', '--block_size=64', '--max_iters=60', '--dataset=topics',
+             '--eval_interval=60', '--eval_iters=20', '--dtype=float32']
+    recipe = os.path.join(train.HERE, 'config', 'speedrun_shakespeare_char.py')
+    losses = []
+    for name, config in (('speedrun', [recipe]), ('defaults', ['--dropout=0.0'])):
+        train_run(*config, *small, f'--out_dir={tmp_path / name}', out=tmp_path / name)
+        losses.append(metrics(tmp_path / name)[1][-1]['val_loss'])
+    assert losses[0] < 2.75 < 3.0 < losses[1]
+
+
 def test_a_sharded_checkpoint_is_read_by_any_number_of_processes(project, train_run, tmp_path, capsys):
     import sample
     from train import load_checkpoint, read_checkpoint
