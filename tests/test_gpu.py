@@ -1,0 +1,66 @@
+"""
+What holds on a CUDA device. Skipped where there is none: python -m pytest -m gpu
+"""
+import os
+
+import pytest
+import torch
+
+import sample
+from conftest import metrics, same_tensors
+from configurator import configure
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+PLAIN = ['--dropout=0.0', '--learning_rate=1e-3', '--max_iters=20', '--eval_interval=10', '--compile=False']
+
+
+def losses(out):
+    return [r['loss'] for r in metrics(out)[0]]
+
+
+@pytest.mark.parametrize('choice, error', [('--dtype=float32', 0.01), ('--dtype=bfloat16', 0.05), ('--dtype=float16', 0.05),
+                                           ('--optimizer=muon', 0.05), ('--compile=True', 0.05)])
+def test_training_follows_the_cpu(train_run, tmp_path, choice, error):
+    train_run(*PLAIN, '--device=cpu', '--dtype=float32', *([choice] if 'muon' in choice else []), out=tmp_path / 'cpu')
+    checkpoint = train_run(*PLAIN, '--device=cuda', *([] if 'dtype' in choice else ['--dtype=bfloat16']), choice, out=tmp_path / 'gpu')
+    assert losses(tmp_path / 'gpu') == pytest.approx(losses(tmp_path / 'cpu'), abs=error)
+    assert losses(tmp_path / 'gpu') != losses(tmp_path / 'cpu')  # it was computed elsewhere
+    assert bool(checkpoint['scaler']) == ('float16' == choice.removeprefix('--dtype='))
+
+
+@pytest.mark.parametrize('more', [['--dtype=bfloat16'], ['--dtype=float16'], ['--dtype=bfloat16', '--compile=True']])
+def test_deterministic_runs_resume_to_the_same_bits(train_run, tmp_path, more):
+    more = ['--device=cuda', '--deterministic=True', '--eval_interval=5', '--compile=False', *more]  # with dropout
+    straight = train_run(*more, out=tmp_path / 'straight')
+    train_run(*more, '--train_iters=5', out=tmp_path / 'parts')
+    parts = train_run('--init_from=resume', out=tmp_path / 'parts')
+    torch.use_deterministic_algorithms(False)
+    for key in ('model', 'optimizer', 'scaler'):
+        assert same_tensors(straight[key], parts[key]), key
+
+
+def test_a_checkpoint_moves_between_cpu_and_gpu(train_run, tmp_path, capsys):
+    more = [*PLAIN, '--dtype=float32']
+    train_run(*more, '--device=cpu', out=tmp_path / 'cpu')
+    train_run(*more, '--device=cuda', '--train_iters=7', out=tmp_path / 'moved')
+    train_run('--init_from=resume', '--device=cpu', '--train_iters=7', out=tmp_path / 'moved')
+    checkpoint = train_run('--init_from=resume', '--device=cuda', out=tmp_path / 'moved')
+    assert losses(tmp_path / 'moved') == pytest.approx(losses(tmp_path / 'cpu'), abs=0.01)
+    assert checkpoint['iter_num'] == 20
+    texts = []
+    for device in ('cpu', 'cuda'):
+        capsys.readouterr()
+        configure(vars(sample), [f'--out_dir={tmp_path / "moved"}', f'--device={device}', '--dtype=float32', '--temperature=0',
+                                 '--num_samples=1', '--max_new_tokens=20'])
+        sample.main()
+        texts.append(capsys.readouterr().out.split('\n', 2)[2].rsplit('\n', 2)[0])
+    assert texts[0] == texts[1] and len(texts[0]) >= 20
+
+
+def test_peak_memory_and_speed_are_reported(project, tmp_path):
+    import json
+    from conftest import TINY, script
+    out, _ = script(project, 'bench.py', *TINY, '--device=cuda', '--bench_steps=4', '--bench_tokens=10', cwd=tmp_path)
+    result = json.loads(out.splitlines()[-1])
+    assert result['device'].startswith('cuda') and 0 < result['peak_memory_mb'] < 5000 and 'sample_tps_1_int8' not in result
+    assert os.listdir(tmp_path) == []
