@@ -696,7 +696,7 @@ def write_shards(out_dir, state, it, run):
     stamp = run.all_reduce(torch.tensor(time.time_ns() * run.is_main, device=run.device)).item()
     folder = os.path.join(out_dir, f'shards-{it}-{stamp}')
     try:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=dcp.DefaultSavePlanner())
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder))
         own = {f: file_crc(os.path.join(folder, f)) for f in os.listdir(folder)
                if f.startswith(f'__{run.rank}_') or run.is_main and f == '.metadata'}
     except (OSError, dcp.api.CheckpointException) as e:
