@@ -1,26 +1,33 @@
-# The Shakespeare speedrun
+# The Shakespeare speedrun: to the val loss of nanoGPT's best, 1.4697, in as little training as we know how
+#     python train.py config/speedrun_shakespeare_char.py
+# 2-core AMD EPYC (Zen 4, no AMX), bfloat16: val loss 1.466 on the whole val split (non-overlapping windows of 256)
+# after 987 s of training, 1,061 s in all; what each choice gave is in the README
 out_dir = 'out-speedrun-shakespeare-char'
-eval_interval = 1000
-eval_iters = 14  # 14 x 32 windows of 256: all of the val split
+eval_interval = 325
+eval_iters = 28  # 28 x 16 windows of 256: all of the val split
 sample_tokens = 0
-log_interval = 10
 
-batch_size = 32
-max_iters = 300
-n_head = 3
+# many small updates of a small model beat few large ones of a large one: 5.3 passes over the text in all
+n_layer = 6
+n_head = 2  # of 128 channels: fewer attention weights to compute
+n_embd = 256
+batch_size = 16
+max_iters = 1300
+
+# the usual modern parts
 activation = 'relu2'
 norm = 'rmsnorm'
 rotary = True
 qk_norm = True
 tie_weights = False
 zero_init = True
-input_noise = 0.05
+input_noise = 0.08  # instead of dropout, which costs time
 
 optimizer = 'muon'
-muon_lr = 0.02
 learning_rate = 3e-3
+muon_lr = 0.02
+beta2 = 0.99
 lr_schedule = 'linear'
 decay_frac = 0.7
 warmup_iters = 0
 min_lr = 1e-4
-beta2 = 0.99
