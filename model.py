@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -214,6 +215,15 @@ class Block(nn.Module):
         return x
 
 
+class SkipInit(TorchFunctionMode):
+    """Within this context weights are not drawn, since they are loaded next: on the meta device alone that saves a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__module__', '') == 'torch.nn.init':
+            return None
+        return func(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     """A GPT of the given GPTConfig, initialized like GPT-2 from torch's global generator."""
 
@@ -258,11 +268,12 @@ class GPT(nn.Module):
             raise ValueError(f'{folder}/config.json does not describe a GPT-2')
         if not 0 <= block_size <= c['n_positions']:
             raise ValueError(f'block_size={block_size}: this model has {c["n_positions"]} positions')
-        model = cls(GPTConfig(
-            block_size=block_size or c['n_positions'], vocab_size=c['vocab_size'], n_layer=c['n_layer'],
-            n_head=c['n_head'], n_embd=c['n_embd'], dropout=dropout, bias=True,
-            activation=activations[c.get('activation_function', 'gelu_new')],
-            tie_weights=c.get('tie_word_embeddings', True)))
+        with SkipInit():
+            model = cls(GPTConfig(
+                block_size=block_size or c['n_positions'], vocab_size=c['vocab_size'], n_layer=c['n_layer'],
+                n_head=c['n_head'], n_embd=c['n_embd'], dropout=dropout, bias=True,
+                activation=activations[c.get('activation_function', 'gelu_new')],
+                tie_weights=c.get('tie_word_embeddings', True)))
         tensors = read_safetensors(os.path.join(folder, 'model.safetensors'))
         own = model.state_dict()
         loaded = set()

@@ -12,7 +12,7 @@ import torch
 
 from configurator import configure, fail, pick_device, setup
 from data.common import read_text, tokenizer_from_dict
-from model import GPT, GPTConfig, store_weights
+from model import GPT, GPTConfig, SkipInit, store_weights
 from train import HERE, encode_prompt, load_checkpoint, load_gpt2, read_shards
 
 # -----------------------------------------------------------------------------
@@ -124,7 +124,8 @@ def main():
         fail(f'--quantize={quantize} is for --device=cpu')
     run = setup(device, pick_dtype(kind, num_samples) if dtype == 'auto' else dtype, False, 'auto', seed)
     if init_from == 'resume':
-        model = GPT(GPTConfig(**checkpoint['model_args']))
+        with SkipInit():
+            model = GPT(GPTConfig(**checkpoint['model_args']))
         if 'shards' in checkpoint:
             read_shards(path, checkpoint, model)
         else:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from configurator import configure, fail, peak_flops, setup
 from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
-from model import GPT, Dropout, GPTConfig
+from model import GPT, Dropout, GPTConfig, SkipInit
 
 # -----------------------------------------------------------------------------
 # settings; the defaults are the 10M-parameter character GPT on Shakespeare
@@ -663,7 +663,7 @@ def read_checkpoint(path):
     try:
         if tokenizer_size(checkpoint['tokenizer']) > checkpoint['model_args']['vocab_size']:
             raise ValueError('the tokenizer is larger')
-        with torch.device('meta'):
+        with torch.device('meta'), SkipInit():
             if checkpoint['model_args']['n_layer'] > len(shapes):
                 raise ValueError('n_layer is too large')
             expected = GPT(GPTConfig(**checkpoint['model_args'])).state_dict()

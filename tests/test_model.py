@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, BFloat16Attention, Dropout, GPTConfig, StoredLinear, draw, read_safetensors, rotate, store_weights
+from model import (GPT, BFloat16Attention, Dropout, GPTConfig, SkipInit, StoredLinear, draw, read_safetensors, rotate,
+                   store_weights)
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, tie_weights=False, softcap=15.0, bias=False)
@@ -51,6 +52,17 @@ def test_initialization_is_gpt2s():
     assert not zero.transformer.h[0].attn.c_proj.weight.any() and zero.transformer.h[0].mlp.c_fc.weight.any()
     untied = GPT(GPTConfig(**SMALL, tie_weights=False))
     assert untied.lm_head.weight is not untied.transformer.wte.weight
+
+
+def test_weights_that_are_loaded_next_are_not_drawn_first():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with SkipInit(), torch.device('meta'):
+        shapes = {k: v.shape for k, v in GPT(GPTConfig(**SMALL)).state_dict().items()}
+    with SkipInit():
+        GPT(GPTConfig(**SMALL))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert shapes == {k: v.shape for k, v in make().state_dict().items()}
 
 
 def test_state_dict_has_gpt2s_keys():
