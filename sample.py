@@ -35,7 +35,7 @@ seed = 1337
 # machine
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # of the weights: auto (what the device reads and multiplies fastest) | float32 | bfloat16 | float16
-quantize = ''  # int8: weights of one byte each, on a cpu; logits change by about 1 percent of their spread
+quantize = ''  # int8: weights of one byte each, on a cpu; logits change by 1 or 2 percent of their spread
 
 
 def check_settings(c):
@@ -120,9 +120,9 @@ def main():
         path = os.path.join(out_dir or last_run(), {'best': 'model.pth', 'last': 'ckpt.pt'}[weights])
         checkpoint = load_checkpoint(path)
     kind = pick_device(device).split(':')[0]
-    if quantize and kind != 'cpu':
-        fail(f'--quantize={quantize} is for --device=cpu')
-    run = setup(device, pick_dtype(kind, num_samples) if dtype == 'auto' else dtype, False, 'auto', seed)
+    if quantize and (kind != 'cpu' or dtype != 'auto'):
+        fail(f'--quantize={quantize} is for --device=cpu, without --dtype')
+    run = setup(device, dtype if dtype != 'auto' else 'float32' if quantize else pick_dtype(kind, num_samples), False, 'auto', seed)
     if init_from == 'resume':
         with SkipInit():
             model = GPT(GPTConfig(**checkpoint['model_args']))
@@ -133,7 +133,7 @@ def main():
         tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
         loss = f'val loss {checkpoint["val_loss"]:.4f}' if 'val_loss' in checkpoint else \
             f'best val loss until then {checkpoint["best_val_loss"]:.4f}'
-        run.print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, {loss}')
+        run.print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, {loss}' + f', as {quantize}' * bool(quantize))
     else:
         model = load_gpt2(init_from, 0, 0.0, run)
         tokenizer = tokenizer_from_dict({'kind': 'gpt2'})

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections import Counter
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny models in parallel tests: more threads only wait for each other
+
 import pytest
 import torch
 

@@ -54,8 +54,7 @@ def test_sampling_is_repeatable_and_needs_no_dataset(trained, sampled, monkeypat
 def test_weights_of_fewer_bytes_still_tell_what_was_learned(trained, sampled, choice):
     out = sampled(f'--out_dir={trained}', choice, '--start=The ')
     assert len(out.split('---------------')) == 3 and out.count('\nThe ') == 2
-    if 'dtype' in choice:
-        assert choice[2:] in out  # in the line that says what is used
+    assert choice[2:] in out if 'dtype' in choice else ', as int8\n' in out  # the lines that say what is used
 
 
 def test_a_batch_of_samples_and_streaming_show_the_same_greedy_text(trained, sampled):
@@ -76,7 +75,8 @@ def test_the_prompt_can_come_from_a_file_be_empty_or_be_too_long(trained, sample
 
 @pytest.mark.parametrize('arguments, words', [
     (['--start=Größe'], "'ß' 'ö'"), (['--start=FILE:nowhere'], 'nowhere: No such file'), (['--out_dir=nowhere'], 'no model.pth in'),
-    (['--num_samples=0', '--top_p=2', '--temperature=nan'], 'top_p is above 0'), (['--weights=worst'], 'best or last')])
+    (['--num_samples=0', '--top_p=2', '--temperature=nan'], 'top_p is above 0'), (['--weights=worst'], 'best or last'),
+    (['--quantize=int4'], 'int8 or nothing'), (['--quantize=int8', '--dtype=bfloat16'], 'without --dtype')])
 def test_mistakes_end_with_one_line(project, trained, capsys, arguments, words):
     with pytest.raises(SystemExit) as e:
         config = configure(vars(sample), [f'--out_dir={trained}', *arguments])
