@@ -35,7 +35,7 @@ seed = 1337
 # machine
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # of the weights: auto (what the device reads and multiplies fastest) | float32 | bfloat16 | float16
-quantize = ''  # int8: weights of one byte each, on a cpu; logits change by 1 or 2 percent of their spread
+quantize = ''  # int8: weights of one byte each, on a cpu; logits change by less than 1 percent of their spread
 
 
 def check_settings(c):
