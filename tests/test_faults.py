@@ -121,6 +121,7 @@ def kill_and_resume(project, tmp_path, train_run, kills, seed):
                     for part in metrics(tmp_path / 'whole') for r in part]
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_that_was_announced(project, tmp_path, train_run):
     kill_and_resume(project, tmp_path, train_run, kills=3, seed=1)
 

@@ -495,6 +495,7 @@ def test_two_processes_equal_one(project, train_run, tmp_path):
         assert b[0][0]['sps_per_gpu'] * 2 == pytest.approx(b[0][0]['sps'])
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(project, train_run, tmp_path):
     more = ['--gradient_accumulation_steps=4', '--max_iters=20', '--eval_interval=10', '--log_interval=1']
     ddp = train_run(*more, out=tmp_path / 'ddp')
@@ -526,6 +527,7 @@ def test_a_short_speedrun_learns_faster_than_the_defaults(train_run, tmp_path):
     assert losses[0] < 2.75 < 3.0 < losses[1]
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_read_by_any_number_of_processes(project, train_run, tmp_path, capsys):
     import sample
     from train import load_checkpoint, read_checkpoint
