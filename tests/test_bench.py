@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, script
 
 
-@pytest.mark.parametrize('nproc', [0, 2])
+@pytest.mark.parametrize('nproc', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_last_line_is_json_with_consistent_figures(project, tmp_path, nproc):
     out, _ = script(project, 'bench.py', 'config/train_shakespeare_char_cpu.py', *TINY, '--bench_steps=4', '--bench_tokens=10',
                     '--peak_tflops=0.001', '--real_tokens=True', *([] if nproc else ['--profile=True']), nproc=nproc, cwd=tmp_path)

@@ -168,6 +168,7 @@ def test_space_and_permission_are_checked_before_training(project, train_run, tm
     assert e.value.code == 1 and '0.0 MB are free' in captured.err and 'step=' not in captured.out
 
 
+@pytest.mark.slow
 def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run):
     out = tmp_path / 'out'
     process = start(project, *FAST, '--eval_iters=150', '--batch_size=1', '--eval_interval=4', f'--out_dir={out}')
@@ -179,6 +180,7 @@ def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run
     assert equal_runs(train_run('--init_from=resume'), whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(project, tmp_path):
     out = tmp_path / 'out'
     process = start(project, *FAST, '--eval_iters=0', '--batch_size=1', '--eval_interval=2', '--max_iters=1000', f'--out_dir={out}')
@@ -190,6 +192,7 @@ def test_a_second_ctrl_c_leaves_at_once(project, tmp_path):
     assert process.returncode == 130 and 'stopped by a signal' not in rest and train.read_checkpoint(str(out / 'ckpt.pt'))['iter_num'] >= 2
 
 
+@pytest.mark.slow
 def test_under_torchrun_all_ranks_leave_on_the_same_step(project, tmp_path):
     out = tmp_path / 'out'
     process = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000', f'--out_dir={out}', nproc=2)
@@ -478,6 +481,7 @@ def test_bad_data_is_an_error_before_the_model_is_built(project, train_run, tmp_
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_data_cut_short_while_training_is_exit_code_1(project, tmp_path, train_run):
     folder, out = project / 'data' / 'shrinking', tmp_path / 'out'
     shutil.copytree(project / 'data' / 'topics', folder)

@@ -480,6 +480,7 @@ def test_missing_shakespeare_is_prepared_and_said(project, train_run, monkeypatc
 
 # ---- many processes
 
+@pytest.mark.slow
 def test_two_processes_equal_one(project, train_run, tmp_path):
     for i, more in enumerate((['--gradient_accumulation_steps=1'], ['--gradient_accumulation_steps=2', '--max_iters=3'])):
         one = train_run(*more, out=tmp_path / f'one{i}')
@@ -641,6 +642,7 @@ def test_sigterm_and_ctrl_c_finish_the_step_save_and_say_how_to_go_on(project, t
         assert saved >= 3 and f'(step {saved})' in rest
 
 
+@pytest.mark.slow
 def test_it_runs_from_another_directory(project, tmp_path):
     out, _ = script(project, 'train.py', 'config/train_shakespeare_char_cpu.py', *TINY, '--max_iters=2', '--out_dir=here', cwd=tmp_path)
     assert os.path.exists(tmp_path / 'here' / 'ckpt.pt') and os.listdir(tmp_path) == ['here']
