@@ -40,8 +40,8 @@ import configurator
 from configurator import configure, fail, setup
 from data.common import DATA_DIR, DownloadError, GPT2Tokenizer, download_resumable
 from model import GPT, CausalSelfAttention, Dropout, draw
-from train import *
 from sample import pick_dtype, place_for_generation
+from train import *
 from train import check_settings, compile_model, divide, load_gpt2, make_optimizers, model_shape, open_dataset, \
     place_model, total_peak_flops, train_step
 
@@ -155,20 +155,19 @@ def peak_memory(run):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def time_sampling(model, num_samples, n, run, plain, quantize=''):
+def time_sampling(model, num_samples, n, run, quantize=''):
     """Return the tokens per second of generating n tokens for each of num_samples sequences, as sample.py does."""
-    if parallel != 'fsdp':
-        model = copy.deepcopy(model)
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=run.device)
-    if not plain and parallel != 'fsdp':
+    if not baseline and parallel != 'fsdp':
+        model = copy.deepcopy(model)  # the next call wants other weights
         name = pick_dtype(run.device.type, num_samples)
         place_for_generation(model, run.device, run.dtype if name == 'auto' else getattr(torch, name), quantize)
     model.eval()
     seconds = []
-    for repeat in range(2 if plain else 4):
+    for repeat in range(2 if baseline else 4):
         run.sync()
         t0 = time.perf_counter()
-        if plain:
+        if baseline:
             plain_generate(model, idx, n)
         else:
             generator = run.generator('sample', device=run.device)
@@ -182,12 +181,12 @@ def time_sampling(model, num_samples, n, run, plain, quantize=''):
 def generation(model, run):
     """Return the tokens per second of one stream, of ten together, and of one with int8 weights where that exists."""
     n = min(bench_tokens, block_size - 1)
-    one = time_sampling(model, 1, n, run, baseline)
+    one = time_sampling(model, 1, n, run)
     if baseline:  # which takes ten one after another, and has no int8
         return dict(sample_tps_1=one, sample_tps_1_int8=one, sample_tps_10=one)
-    result = dict(sample_tps_1=one, sample_tps_10=time_sampling(model, 10, n, run, False))
+    result = dict(sample_tps_1=one, sample_tps_10=time_sampling(model, 10, n, run))
     if run.device.type == 'cpu' and parallel != 'fsdp':
-        result['sample_tps_1_int8'] = time_sampling(model, 1, n, run, False, 'int8')
+        result['sample_tps_1_int8'] = time_sampling(model, 1, n, run, 'int8')
     return result
 
 

@@ -216,7 +216,10 @@ class Block(nn.Module):
 
 
 class SkipInit(TorchFunctionMode):
-    """Within this context weights are not drawn, since they are loaded next: on the meta device alone that saves a second."""
+    """Within this context weights are not drawn, since they are loaded next.
+
+    On the meta device, where only shapes are wanted, drawing would import torch._dynamo: a second of every start-up.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, '__module__', '') == 'torch.nn.init':
@@ -437,20 +440,17 @@ class StoredLinear(nn.Module):
         self.weight = weight.to(dtype)  # (out, in), as in nn.Linear
 
     def forward(self, x):
-        w = self.weight
-        rows = x.numel() // x.size(-1)
-        if self.scale is not None:
-            if rows <= 16:
-                y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), w, self.scale).view(*x.shape[:-1], -1)
-            else:
-                y = F.linear(x, w.float()) * self.scale
-        elif rows == 1:
-            y = torch.mv(w, x.flatten().to(w.dtype)).view(*x.shape[:-1], -1)
+        w, rows = self.weight, x.flatten(0, -2)
+        if w.dtype == torch.int8:  # whose kernel is fast with few rows only
+            y = torch._weight_int8pack_mm(rows.bfloat16(), w, self.scale) if len(rows) <= 16 else \
+                F.linear(rows, w.float()) * self.scale
+        elif len(rows) == 1:
+            y = torch.mv(w, rows[0].to(w.dtype))
         elif w.dtype == torch.float16:  # whose product is fast with one row only
-            y = F.linear(x, w.float())
+            y = F.linear(rows, w.float())
         else:
-            y = F.linear(x.to(w.dtype), w)
-        y = y.float()
+            y = F.linear(rows.to(w.dtype), w)
+        y = y.float().view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from configurator import configure, fail, pick_device, setup
+from configurator import configure, cpu_multiplies_bfloat16, fail, pick_device, setup
 from data.common import read_text, tokenizer_from_dict
 from model import GPT, GPTConfig, SkipInit, store_weights
 from train import HERE, encode_prompt, load_checkpoint, load_gpt2, read_shards
@@ -56,7 +56,7 @@ def pick_dtype(device, num_samples):
         return 'auto'
     if num_samples == 1:
         return 'float16'  # half the bytes of float32, and read several times faster than bfloat16 where measured
-    return 'bfloat16' if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else 'float32'
+    return 'bfloat16' if cpu_multiplies_bfloat16() else 'float32'
 
 
 def place_for_generation(model, device, dtype, quantize):

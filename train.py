@@ -677,12 +677,12 @@ def read_checkpoint(path):
 def shard_state(model, optimizers=()):
     """What shards hold, as tensors to write or to read into: weights, and AdamW's state by the names of the parameters."""
     state = {'model': dict(model.state_dict())}
-    names = {p: name for name, p in model.named_parameters()}
-    for p in (p for opt in optimizers for group in opt.param_groups for p in group['params']):
-        if not optimizers[0].state[p]:  # before the first update
-            optimizers[0].state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                          exp_avg_sq=torch.zeros_like(p))
-        state.setdefault('optimizer', {})[names[p]] = optimizers[0].state[p]
+    for adamw in optimizers:  # the only one, with fsdp
+        for p in model.parameters():
+            if not adamw.state[p]:  # before the first update
+                adamw.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                      exp_avg_sq=torch.zeros_like(p))
+        state['optimizer'] = {name: adamw.state[p] for name, p in model.named_parameters()}
     return state
 
 

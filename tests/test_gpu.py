@@ -1,13 +1,14 @@
 """
 What holds on a CUDA device. Skipped where there is none: python -m pytest -m gpu
 """
+import json
 import os
 
 import pytest
 import torch
 
 import sample
-from conftest import metrics, same_tensors
+from conftest import TINY, metrics, same_tensors, script
 from configurator import configure
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
@@ -58,8 +59,6 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(train_run, tmp_path, capsys):
 
 
 def test_peak_memory_and_speed_are_reported(project, tmp_path):
-    import json
-    from conftest import TINY, script
     out, _ = script(project, 'bench.py', *TINY, '--device=cuda', '--bench_steps=4', '--bench_tokens=10', cwd=tmp_path)
     result = json.loads(out.splitlines()[-1])
     assert result['device'].startswith('cuda') and 0 < result['peak_memory_mb'] < 5000 and 'sample_tps_1_int8' not in result
