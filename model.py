@@ -35,6 +35,7 @@ class GPTConfig:
     norm: str = 'layernorm'  # layernorm | rmsnorm (https://arxiv.org/abs/1910.07467)
     rotary: bool = False  # rotary positions (https://arxiv.org/abs/2104.09864) instead of learned ones
     qk_norm: bool = False  # LayerNorm, without parameters, of queries and keys (https://arxiv.org/abs/2302.05442)
+    token_shift: bool = False  # half of attention's and MLP's input is of the position before (https://arxiv.org/abs/2305.13048)
     tie_weights: bool = True  # lm_head shares the matrix of wte
     zero_init: bool = False  # c_proj starts at zero, so every block starts as the identity
     softcap: float = 0.0  # c * tanh(logits / c), 0 for none (https://arxiv.org/abs/2408.00118)
@@ -109,6 +110,7 @@ class KVCache:
     def __init__(self, max_length):
         self.max_length = max_length
         self.k, self.v = {}, {}  # by layer
+        self.last = {}  # by layer and part ('attn' or 'mlp'): its input (B, 1, C) at the last position, for token_shift
         self.length = 0  # S, the positions in use; GPT.forward moves it on
 
     def append(self, layer, k, v):
@@ -204,14 +206,28 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
+        self.token_shift = config.token_shift
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
+    def shift(self, part, x, cache=None):
+        """Move the first half of the channels of x (B, T, C), the input of `part`, one position on; zeros come first."""
+        if not self.token_shift:
+            return x
+        before = torch.zeros_like(x[:, :1])
+        if cache is not None:
+            if cache.length:
+                before = cache.last[self.attn.layer, part]
+            cache.last[self.attn.layer, part] = x[:, -1:]
+        half = x.size(-1) // 2
+        late = torch.cat([before[..., :half], x[:, :-1, :half]], dim=1)
+        return torch.cat([late, x[..., half:]], dim=-1)
+
     def forward(self, x, rotation=None, cache=None):
-        x = x + self.attn(self.ln_1(x), rotation, cache)
-        x = x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.shift('attn', self.ln_1(x), cache), rotation, cache)
+        x = x + self.mlp(self.shift('mlp', self.ln_2(x), cache))
         return x
 
 
@@ -306,7 +322,7 @@ class GPT(nn.Module):
         """
         c = self.config
         for switch, gpt2 in (('activation', ('gelu', 'gelu_tanh')), ('norm', ('layernorm',)), ('rotary', (False,)),
-                             ('qk_norm', (False,)), ('softcap', (0.0,))):
+                             ('qk_norm', (False,)), ('token_shift', (False,)), ('softcap', (0.0,))):
             if getattr(c, switch) not in gpt2:
                 raise ValueError(f'{switch}={getattr(c, switch)} has no counterpart in GPT-2')
         tensors = {}

@@ -29,7 +29,7 @@ def test_the_baseline_and_the_fast_step_learn_alike(project, run):
     import bench
     from model import GPT, GPTConfig
     from train import Tokens, make_optimizers, train_step
-    c = dict(optimizer='adamw', weight_decay=0.1, learning_rate=3e-3, beta1=0.9, beta2=0.95)
+    c = dict(optimizer='adamw', weight_decay=0.1, learning_rate=1e-3, beta1=0.9, beta2=0.95)
     losses = []
     for plain in (True, False):
         own_run = dataclasses.replace(run, dtype=torch.float32 if plain else torch.bfloat16)
@@ -44,7 +44,7 @@ def test_the_baseline_and_the_fast_step_learn_alike(project, run):
         losses.append([train_step(model, optimizers, scaler, own_run, [(0, *tokens.train_batch(8 * i, 8, run))], 1.0, 1.0)[0]
                        for i in range(20)])
     assert losses[0][0] - min(losses[0]) > 1 and losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] == pytest.approx(losses[0], rel=0.002)
 
 
 def test_hellaswag_scores_equal_a_direct_computation(run):

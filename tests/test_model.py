@@ -8,7 +8,8 @@ from model import (GPT, BFloat16Attention, Dropout, GPTConfig, SkipInit, StoredL
                    store_weights)
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
-MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, tie_weights=False, softcap=15.0, bias=False)
+MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, token_shift=True, tie_weights=False, softcap=15.0,
+              bias=False)
 VARIANTS = [{}, dict(bias=False), dict(activation='gelu_tanh'), MODERN]
 
 
@@ -150,6 +151,21 @@ def test_qk_norm_makes_attention_independent_of_the_scale_of_queries():
         block.attn.c_attn.weight.data[:64] *= 3  # queries and keys
         block.attn.c_attn.bias.data[:64] *= 3
     assert torch.allclose(model(idx)[0], before, atol=1e-3)
+
+
+def test_token_shift_gives_every_layer_half_of_the_position_before():
+    model = make(token_shift=True, bias=False)
+    block = model.transformer.h[1]
+    seen = {}
+    for name in ('ln_1', 'ln_2'):
+        getattr(block, name).register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
+    block.attn.register_forward_pre_hook(lambda module, inputs: seen.update(attn=inputs[0]))
+    block.mlp.register_forward_pre_hook(lambda module, inputs: seen.update(mlp=inputs[0]))
+    model(torch.randint(50, (2, 16)))
+    half = model.config.n_embd // 2
+    for x, shifted in ((seen['ln_1'], seen['attn']), (seen['ln_2'], seen['mlp'])):
+        assert torch.equal(shifted[..., half:], x[..., half:]) and not shifted[:, 0, :half].any()
+        assert torch.equal(shifted[:, 1:, :half], x[:, :-1, :half])
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -316,7 +332,7 @@ def test_transformers_loads_an_export_with_equal_logits_and_the_round_trip_is_ex
 
 
 @pytest.mark.parametrize('variant', [dict(activation='relu2'), dict(norm='rmsnorm'), dict(rotary=True), dict(qk_norm=True),
-                                     dict(softcap=30.0)])
+                                     dict(token_shift=True), dict(softcap=30.0)])
 def test_what_gpt2_lacks_is_not_exported(tmp_path, variant):
     with pytest.raises(ValueError, match=list(variant)[0]):
         make(**variant).save_pretrained(tmp_path)
