@@ -549,7 +549,7 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
     norm_value = (norm.full_tensor() if sharded else norm).item()
     if not (math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm_value))):
         raise NotFinite(f'the {"gradient norm" if math.isfinite(loss) else "loss"} is not finite')
-    if grad_clip:
+    if grad_clip and norm_value > grad_clip:  # else it would multiply all gradients by 1
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for group in groups:
         group['lr'] = group['lr_max'] * factor

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import (GPT, BFloat16Attention, Dropout, GPTConfig, SkipInit, StoredLinear, draw, read_safetensors, rotate,
-                   store_weights)
+from model import (ACTIVATIONS, GPT, BFloat16Attention, Dropout, GPTConfig, SkipInit, StoredLinear, draw, read_safetensors,
+                   rotate, store_weights)
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, token_shift=True, tie_weights=False, softcap=15.0,
@@ -137,6 +137,8 @@ def test_the_modern_parts_equal_their_formulas():
     assert torch.allclose(block.ln_1(x), rms, atol=1e-5)
     h = block.mlp.c_fc(x)
     assert torch.allclose(block.mlp(x), block.mlp.c_proj(torch.where(h > 0, h * h, 0)), atol=1e-4)
+    h = h.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(ACTIVATIONS['relu2'], h)
     assert model(torch.randint(50, (2, 16)))[0].abs().max() <= 15
     plain = make(**MODERN | dict(softcap=0.0))
     idx = torch.randint(50, (1, 16))
