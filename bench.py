@@ -18,12 +18,19 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - without bfloat16 products (Zen 3): torch.optim.Muon, which is always in bfloat16, took 13 of the 14.4 s of an update with 6
   layers, 256 wide, 16 x 256; in float32, the matrices of a shape together, 0.25 s
 - RMSNorm is several operations on a CPU, 6 ms forward and backward in float32 at 16 x 256 x 256, LayerNorm one, 1.3
-- squared ReLU with a backward of its own: 5 ms instead of 12 at 16 x 256 x 1024, 3 percent of an update: left out
-- torch.compile: no gain for GPT-2's architecture; 2.9 to 2.6 s an update for rotary, RMSNorm, ReLU^2 (before the two lines
-  above), for 48 s of compilation; together with keep_memory torch 2.13 crashes
+- squared ReLU with a backward of its own (SquaredReLU in model.py): 5 ms instead of 12 at 16 x 256 x 1024 in float32; with that,
+  rotary in bfloat16 and the shift by chunk() instead of slices, an update of the speedrun takes 172 ms with AMX instead of 199
+- torch.compile: no gain for GPT-2's architecture; with AMX 1.84 s an update instead of 1.55, for the speedrun 166 ms instead of
+  172, for 25 s of compilation; together with keep_memory torch 2.13 may crash
+- with AMX (2-core Intel Xeon) the reference's update is 1.5 s: 0.5 s of matrix products (weight gradients at 1.4 TFLOP/s, the
+  others at 3 to 3.9), 0.4 attention, 0.16 GELU, the rest passes over activations. A quarter of the batch at a time, to fit the
+  caches: 1.65 s. x * keep instead of dropout's scaled mask: a third faster forward, twice as slow backward
 - one row times a matrix, which is what one sample consists of: float32 9 GB/s, bfloat16 8, float16 20, int8 17 (float32
   whole matrices are read at 46); attention with one query: 23 us in float32, 107 in bfloat16, 205 in float16. Hence
   StoredLinear in model.py: half precision for the weights alone. Ten rows: bfloat16 3.2 ms, float32 6.8, float16 8.9
+- the same with AMX, all matrices of GPT-2 124M, one row: float32 16 ms, bfloat16 10.7, packed by oneDNN 9.3, int8 7.2, float16
+  above 30; ten rows: 53, 17, 10.9, 29
+- GELU of one row of 1,536: 10 us by oneDNN, 2 without it, which only a global switch turns off; no garbage collection: no gain
 - torch.multinomial over 50,257 probabilities: 1.3 ms; after topk(200), 0.2
 - inference_mode instead of no_grad, one fused cache for keys and values: nothing measurable
 """
