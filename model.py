@@ -468,8 +468,9 @@ class StoredLinear(nn.Module):
             self.scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127 * (1 + 2**-8)).bfloat16()
             weight = (weight / self.scale.float()[:, None]).round()
         self.weight = weight.to(dtype)  # (out, in), as in nn.Linear
-        self.packed = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if self.packed:  # in the order in which oneDNN's kernel reads them, as torch.compile does
+        self.packed = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.packed:  # in the order in which oneDNN's kernel reads them, by the operators that torch.compile uses
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def forward(self, x):

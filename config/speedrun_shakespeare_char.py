@@ -1,6 +1,7 @@
 # The Shakespeare speedrun: to the val loss of nanoGPT's best, 1.4697, in as little training as we know how
 #     python train.py config/speedrun_shakespeare_char.py
-# the result, ten seeds, and what each choice gave are in the README
+# 2-core Intel Xeon with AMX: val loss 1.4519 (mean of ten seeds, the highest 1.4642) on the whole val split, in non-overlapping
+# windows of 256, after 84 s of training, 96 s in all; what each choice gives is in the README
 out_dir = 'out-speedrun-shakespeare-char'
 eval_interval = 200
 eval_iters = 28  # 28 x 16 windows of 256: all of the val split
