@@ -22,7 +22,7 @@ tie_weights = False
 zero_init = True
 token_shift = True
 
-# no dropout and no input_noise: in so few passes they only cost, 0.05 of noise 0.015
+# no dropout and no input_noise: in so few passes they only cost (input_noise=0.05 0.05 of val loss after 300 updates)
 optimizer = 'muon'
 learning_rate = 3e-3
 muon_lr = 0.03
