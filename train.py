@@ -7,6 +7,7 @@ Train a GPT, in one process or many.
 
 --help lists the settings below. Afterwards: python sample.py --start="What is an LLM?"
 """
+import atexit
 import dataclasses
 import importlib
 import json
@@ -16,6 +17,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import time
 import warnings
 import zipfile
@@ -1216,6 +1218,8 @@ def main(config, checkpoint=None):
             if run.is_main:
                 metrics.write(**row | {'norm': norm if math.isfinite(norm) else None})  # JSON has no inf
 
+    if run.is_main and metrics.writer:
+        metrics.writer.close()  # writes what it still holds
     run.close()
     if stop:
         run.print(f'stopped by a signal at step {it}: go on with --init_from=resume')
@@ -1229,3 +1233,9 @@ if __name__ == '__main__':
         main(*settings())
     except KeyboardInterrupt:  # before the loop, which handles it itself
         fail('interrupted before training began', code=130)
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        # in one of some eighty processes that have left gloo, torch 2.13 aborts while Python ends ("terminate called without an
+        # active exception"), after all is done; so leave without Python's own clean-up, but for what was asked to run at exit
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)
