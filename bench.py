@@ -151,8 +151,9 @@ def run_hellaswag():
     run.once_per_node(get)
     with open(path, encoding='utf-8') as f:
         rows = [json.loads(line) for line in f]
-    model = load_gpt2(init_from, 0, 0.0, run).eval().to(run.device)
-    acc, acc_norm = hellaswag(model, GPT2Tokenizer(), rows, run)
+    tokenizer = GPT2Tokenizer()
+    model = load_gpt2(init_from, 0, 0.0, run, tokenizer).eval().to(run.device)
+    acc, acc_norm = hellaswag(model, tokenizer, rows, run)
     run.print(f'{init_from} on {len(rows):,} questions of HellaSwag: acc={acc:.4f} acc_norm={acc_norm:.4f}')
     run.print(json.dumps(dict(task='hellaswag', init_from=init_from, n=len(rows), acc=acc, acc_norm=acc_norm)))
     run.close()
@@ -203,11 +204,10 @@ def generation(model, run):
 
 def compare_with_baseline(argv):
     """Run this script with and without --baseline in turn; print the medians and ratios, and return them."""
-    arguments = [a for a in argv if not a.startswith(('--compare=', '--baseline='))]
     results = {True: [], False: []}
     for i in range(2 * compare):
         plain = i % 2 == 0
-        command = [sys.executable, os.path.abspath(__file__), *arguments, f'--baseline={plain}']
+        command = [sys.executable, os.path.abspath(__file__), *argv, '--compare=0', f'--baseline={plain}']
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(done.returncode)
@@ -239,7 +239,7 @@ def training(model, config, vocab_size, tokens, run):
     step_model = compile_model(model, rows, run)
     compile_seconds = time.perf_counter() - _started - startup_seconds
 
-    def step(it):
+    def step(it, timed=False):
         batches = []
         for micro in micro_batches:
             if tokens:
@@ -248,20 +248,21 @@ def training(model, config, vocab_size, tokens, run):
             else:
                 generator = run.generator('bench', it, micro, part)
                 ids = torch.randint(vocab_size, (rows, block_size + 1), generator=generator)
-                x, y = ids[:, :-1], ids[:, 1:]
+                x, y = ids[:, :-1].clone(), ids[:, 1:].clone()
             batches.append((run.derive_seed('dropout', it, micro), x.to(run.device), y.to(run.device)))
         run.sync()
         t0 = time.perf_counter()
-        _, _, dtf, dtb, _ = train_step(step_model, optimizers, scaler, run, batches, grad_clip, factor=1.0)
+        _, _, dtf, dtb, _ = train_step(step_model, optimizers, scaler, run, batches, grad_clip, factor=1.0, timed=timed)
         run.sync()
         return time.perf_counter() - t0, dtf, dtb
     first_step_seconds = step(0)[0]
     for it in range(bench_warmup):
         step(1 + it)
-    times = [step(1 + bench_warmup + i) for i in range(bench_steps)]
+    seconds = [step(1 + bench_warmup + i)[0] for i in range(bench_steps)]
+    halves = [step(1 + bench_warmup + bench_steps + i, timed=True)[1:] for i in range(min(3, bench_steps))]  # of a step
 
     peak = total_peak_flops(run, peak_tflops)
-    dt, dtf, dtb = (statistics.median(column) for column in zip(*times))
+    dt, dtf, dtb = (statistics.median(column) for column in (seconds, *zip(*halves)))
     tps = gradient_accumulation_steps * batch_size * block_size / dt
     if profile:
         with torch.profiler.profile() as profiler:
@@ -271,7 +272,7 @@ def training(model, config, vocab_size, tokens, run):
             profiler.export_chrome_trace('trace.json')
             print(profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=12))
             print('wrote trace.json: open it at https://ui.perfetto.dev')
-    return dict(steps=bench_steps, dt=dt, dt_min=min(t[0] for t in times), dt_max=max(t[0] for t in times), dtf=dtf, dtb=dtb,
+    return dict(steps=bench_steps, dt=dt, dt_min=min(seconds), dt_max=max(seconds), dtf=dtf, dtb=dtb,
                 tps=tps, mfu=peak and 100 * model.flops_per_token() * tps / peak, peak_tflops=peak and peak / 1e12,
                 peak_memory_mb=peak_memory(run) / 1e6, startup_seconds=startup_seconds,
                 compile_seconds=compile_seconds, first_step_seconds=first_step_seconds)

@@ -5,8 +5,6 @@ configure(globals())  overrides a script's settings, its public module globals:
     python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
 setup(...)            picks device, dtype and process group, and returns them as a Run
 fail(...)             ends the process with one clear line
-
-The only file that knows torchrun's environment variables.
 """
 import ast
 import contextlib
@@ -17,6 +15,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -228,7 +227,10 @@ class Run:
         return torch.Generator(device).manual_seed(self.derive_seed(stream, *index))
 
     def all_reduce(self, tensor):
-        """Sum `tensor` over all processes, in place; exit code 1 where one of them is gone or hangs."""
+        """Sum `tensor` over all processes, in place; with gloo, exit code 1 where one of them is gone or hangs.
+
+        With nccl, which returns before it has summed, it is nccl's own watchdog that then ends the process.
+        """
         if self.world_size > 1:
             try:
                 dist.all_reduce(tensor)
@@ -328,19 +330,21 @@ def worth_compiling(kind, micro_batches):
     """Whether torch.compile saves more time than it takes, on this kind of device, in so many micro-batches of one process.
 
     On a CPU it takes half a minute or more and gains little (what was tried, at the top of bench.py). On a GPU it takes about
-    a minute and saves some 30 ms a micro-batch, a rule of thumb; it needs triton there, which not every system has.
+    a minute and saves some 30 ms a micro-batch, a rule of thumb; it needs triton there, a GPU that triton knows and a C compiler, which not every system has.
     """
-    return kind == 'cuda' and micro_batches >= 2000 and importlib.util.find_spec('triton') is not None
+    return kind == 'cuda' and micro_batches >= 2000 and importlib.util.find_spec('triton') is not None \
+        and torch.cuda.get_device_capability() >= (7, 0) \
+        and bool(os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang'))
 
 
 def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, deterministic=False, timeout_s=1800,
-          micro_batches=float('inf')):
+          updates=float('inf'), accumulation=1):
     """Return the Run for these settings, after one printed line that says what is used.
 
     device: auto | cpu | cuda | cuda:N | mps. dtype: auto | float32 | bfloat16 | float16.
     compile: auto | True | False. backend of torch.distributed: auto | nccl | gloo.
     deterministic: the same bits from the same work on a GPU too. timeout_s: how long one process waits for another.
-    micro_batches: how many the whole run has, on which compile='auto' depends.
+    updates, accumulation: how many the whole run has, of how many micro-batches each, on which compile='auto' depends.
     'auto' chooses for the machine; anything else is done, or refused with exit code 2. One process, or one of
     many under torchrun.
     """
@@ -391,7 +395,7 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     if compile not in ('auto', True, False):
         fail(f'compile={compile}: compile is one of auto, True, False')
     if compile == 'auto':
-        compile = worth_compiling(kind, micro_batches / world_size)
+        compile = worth_compiling(kind, updates * max(1, accumulation / world_size))
     if kind == 'cpu' and not compile:
         # with it, torch 2.13 crashes in two of three first compilations, where AOTAutogradCache pickles its entry
         keep_memory()

@@ -41,21 +41,22 @@ class GPTConfig:
     softcap: float = 0.0  # c * tanh(logits / c), 0 for none (https://arxiv.org/abs/2408.00118)
 
     def __post_init__(self):
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, key) < 1:
-                raise ValueError(f'{key}={getattr(self, key)}: {key} is at least 1')
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}')
-        if self.rotary and self.n_embd // self.n_head % 2:
-            raise ValueError(f'n_embd/n_head={self.n_embd // self.n_head} is odd: rotary turns pairs of channels')
+        problems = [f'{key}={getattr(self, key)}: {key} is at least 1'
+                    for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if getattr(self, key) < 1]
+        if not problems and self.n_embd % self.n_head:
+            problems.append(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}')
+        elif not problems and self.rotary and self.n_embd // self.n_head % 2:
+            problems.append(f'n_embd/n_head={self.n_embd // self.n_head} is odd: rotary turns pairs of channels')
         if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout}: dropout is at least 0 and below 1')
+            problems.append(f'dropout={self.dropout}: dropout is at least 0 and below 1')
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f'activation={self.activation}: activation is one of {", ".join(ACTIVATIONS)}')
+            problems.append(f'activation={self.activation}: activation is one of {", ".join(ACTIVATIONS)}')
         if self.norm not in ('layernorm', 'rmsnorm'):
-            raise ValueError(f'norm={self.norm}: norm is one of layernorm, rmsnorm')
-        if self.softcap < 0:
-            raise ValueError(f'softcap={self.softcap}: softcap is 0 (off) or positive')
+            problems.append(f'norm={self.norm}: norm is one of layernorm, rmsnorm')
+        if not 0 <= self.softcap < math.inf:
+            problems.append(f'softcap={self.softcap}: softcap is at least 0, which is off')
+        if problems:
+            raise ValueError('; '.join(problems))
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -195,7 +196,7 @@ class CausalSelfAttention(nn.Module):
             v = v * self.attn_dropout(v.new_ones(B, self.n_head, T, 1))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S+T, D)
-        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        if cache is None and q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
             y = BFloat16Attention.apply(q, k, v)
         else:
             # one new query sees every cached key; is_causal would align the mask to the upper left
@@ -299,6 +300,9 @@ class GPT(nn.Module):
         activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
         if c.get('model_type') != 'gpt2' or c.get('activation_function', 'gelu_new') not in activations:
             raise ValueError(f'{folder}/config.json does not describe a GPT-2')
+        for key, ours in (('layer_norm_epsilon', 1e-5), ('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False)):
+            if c.get(key, ours) != ours:
+                raise ValueError(f'{folder}/config.json has {key}={c[key]}, this GPT-2 computes with {ours}')
         if not 0 <= block_size <= c['n_positions']:
             raise ValueError(f'block_size={block_size}: this model has {c["n_positions"]} positions')
         with SkipInit():
@@ -367,7 +371,8 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs of forward and backward for one token of a full block (PaLM, https://arxiv.org/abs/2204.02311, B)."""
         c = self.config
-        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        matrices = self.num_params() - (0 if c.tie_weights else self.transformer.wte.weight.numel())  # looking up is free
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
     def forward(self, idx, targets=None, cache=None):
         """Return (logits, loss) for token ids idx (B, T).

@@ -107,7 +107,7 @@ def export_model(model, tokenizer):
         model.save_pretrained(export)
         tokenizer.save_pretrained(export)
     except (ValueError, OSError) as e:
-        if not os.listdir(export):
+        if os.path.isdir(export) and not os.listdir(export):
             os.rmdir(export)
         fail(f'--export={export}: {e}')
     print(f'exported to {export}: transformers.GPT2LMHeadModel.from_pretrained({export!r}) loads it'
@@ -135,8 +135,8 @@ def main():
             f'best val loss until then {checkpoint["best_val_loss"]:.4f}'
         run.print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, {loss}' + f', as {quantize}' * bool(quantize))
     else:
-        model = load_gpt2(init_from, 0, 0.0, run)
         tokenizer = tokenizer_from_dict({'kind': 'gpt2'})
+        model = load_gpt2(init_from, 0, 0.0, run, tokenizer)
         run.print(f'weights of {init_from}, {model.num_params(False):,} parameters')
     if export:
         return export_model(model, tokenizer)

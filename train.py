@@ -121,30 +121,26 @@ def check_settings(c):
     """Return what is wrong with the settings in dict c, as a list of sentences."""
     problems = []
     ranges = {
-        'at least 1': (lambda v: v >= 1, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size '
-                                         'n_layer n_head n_embd timeout_s'),
+        'at least 1': (lambda v: v >= 1, 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s'),
         'at least 0': (lambda v: v >= 0, 'eval_iters sample_tokens max_iters train_iters warmup_iters lr_decay_iters '
-                                         'weight_decay grad_clip min_lr peak_tflops softcap seed skip_batches'),
+                                         'weight_decay grad_clip min_lr peak_tflops seed skip_batches'),
         'positive': (lambda v: v > 0, 'learning_rate muon_lr'),
-        'at least 0 and below 1': (lambda v: 0 <= v < 1, 'dropout beta1 beta2 muon_momentum input_noise'),
+        'at least 0 and below 1': (lambda v: 0 <= v < 1, 'beta1 beta2 muon_momentum input_noise'),
         'above 0 and at most 1': (lambda v: 0 < v <= 1, 'decay_frac'),
     }
     for rule, (holds, keys) in ranges.items():
         problems += [f'{k}={c[k]}: {k} is {rule}' for k in keys.split() if not (holds(c[k]) and math.isfinite(c[k]))]
-    choices = {'parallel': 'ddp fsdp', 'checkpoint_format': 'full sharded', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
-               'activation': 'gelu gelu_tanh relu2', 'norm': 'layernorm rmsnorm'}
+    choices = {'parallel': 'ddp fsdp', 'checkpoint_format': 'full sharded', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear'}
     problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items()
                  if c[k] not in v.split()]
-    if min(c['n_head'], c['n_embd']) < 1:
-        return problems  # what follows divides by them
-    if c['n_embd'] % c['n_head']:
-        problems.append(f'n_embd={c["n_embd"]} is not a multiple of n_head={c["n_head"]}')
+    try:
+        model_shape(c, vocab_size=1)
+    except ValueError as e:
+        problems += str(e).split('; ')
     if c['parallel'] == 'fsdp' and c['optimizer'] == 'muon':
         problems.append('optimizer=muon needs whole matrices: use --optimizer=adamw with --parallel=fsdp')
     if c['checkpoint_format'] == 'sharded' and c['parallel'] != 'fsdp':
         problems.append('checkpoint_format=sharded is for --parallel=fsdp, whose processes hold the parts')
-    if c['rotary'] and not c['n_embd'] % c['n_head'] and c['n_embd'] // c['n_head'] % 2:
-        problems.append(f'n_embd/n_head={c["n_embd"] // c["n_head"]} is odd: rotary=True turns pairs of channels')
     if c['init_from'] not in ('scratch', 'resume', 'auto', *GPT2_NAMES) and not os.path.isdir(c['init_from']):
         problems.append(f'init_from={c["init_from"]}: init_from is one of scratch, resume, auto, '
                         f'{", ".join(GPT2_NAMES)}, '
@@ -185,14 +181,15 @@ def open_dataset(name, block_size, run):
     if os.path.dirname(os.path.abspath(folder)) != os.path.join(HERE, 'data'):
         fail(f'dataset={name}: dataset is the name of a folder in data/')
     files = [os.path.join(folder, f) for f in ('train.bin', 'val.bin', 'meta.json')]
-    missing = [f for f in files if not os.path.exists(f)]
     script = f'data/{name}/prepare.py'
-    if name in ('shakespeare_char', 'shakespeare'):
-        if missing and run.is_main:
+
+    def prepare():
+        if missing := [f for f in files if not os.path.exists(f)]:
             run.print(f'no {os.path.basename(missing[0])} in data/{name} yet: running {script}')
             importlib.import_module(f'data.{name}.prepare').main()
-        run.barrier()  # the others wait for rank 0
-        missing = [f for f in files if not os.path.exists(f)]
+    if name in ('shakespeare_char', 'shakespeare'):
+        run.once_per_node(prepare)
+    missing = [f for f in files if not os.path.exists(f)]
     if not os.path.exists(os.path.join(HERE, script)):
         script = f'data/text/prepare.py --input=FILE --name={name}'
     if missing:
@@ -243,8 +240,7 @@ class Tokens:
         if ids.max() >= self.vocab_size:
             fail(f'{self.path}: token id {ids.max()} is outside the vocabulary of {self.vocab_size}, '
                  'prepare the dataset anew', code=1)
-        ids = torch.from_numpy(ids.astype(np.int64))
-        return ids[:, :-1], ids[:, 1:]
+        return torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
 
     def check(self):
         """Fail where an id is outside the vocabulary: among the first 100M tokens, read checks the rest in passing."""
@@ -274,7 +270,6 @@ class Tokens:
             starts.append(self.offset + self.order[i].item() * self.block_size)
         x, y = self.read(starts)
         if noise:
-            x = x.clone()  # y is a view of the same memory
             for row, sequence in zip(x, range(first, first + count)):
                 g = run.generator('noise', sequence)
                 replaced = torch.rand(self.block_size, generator=g) < noise
@@ -314,16 +309,23 @@ def divide(c, run):
 # -----------------------------------------------------------------------------
 # optimization
 
-def load_gpt2(init_from, block_size, dropout, run):
-    """Return the GPT-2 named by init_from, one of GPT2_NAMES or a folder; a rank of each node downloads, the others wait."""
+def load_gpt2(init_from, block_size, dropout, run, tokenizer=None):
+    """Return the GPT-2 named by init_from, one of GPT2_NAMES or a folder; a rank of each node downloads, the others wait.
+
+    Fails where its vocabulary does not hold tokenizer's.
+    """
     try:
         folder = init_from
         if init_from in GPT2_NAMES:
             run.once_per_node(lambda: gpt2_folder(init_from))
             folder = gpt2_folder(init_from)
-        return GPT.from_pretrained(folder, block_size, dropout)
+        model = GPT.from_pretrained(folder, block_size, dropout)
     except (ValueError, OSError, KeyError, TypeError) as e:
         fail(f'--init_from={init_from}: {type(e).__name__}: {e}')
+    if tokenizer and model.config.vocab_size < tokenizer.vocab_size:
+        fail(f'--init_from={init_from}: it has a vocabulary of {model.config.vocab_size}, not GPT-2\'s, and such a folder holds no '
+             'tokenizer: use the checkpoint it was exported from')
+    return model
 
 
 def model_shape(c, vocab_size):
@@ -576,7 +578,6 @@ def evaluate(model, tokens, eval_iters, batch_size, run):
         if i >= len(batches):
             y = torch.full_like(y, -1)  # not counted, but with fsdp all ranks must compute alike
         if len(starts) > 1 and batch[-1] == starts[-1]:
-            y = y.clone()
             y[-1, :max(0, starts[-2] + tokens.block_size - starts[-1])] = -1  # has been counted in the window before
         count = (y >= 0).sum()
         with run.autocast():
@@ -892,15 +893,28 @@ def claim(out_dir):
     return lock
 
 
-def check_space(out_dir, model):
-    """Fail where the disk has no room for what a run saves: at most three ckpt.pt and two model.pth at a time."""
+def check_space(out_dir, model, sharded, resumed):
+    """Fail where the disk has no room for what a run saves, beyond what it resumes from.
+
+    At most three ckpt.pt and two model.pth at a time; or four shards-*, of which model.pth has one.
+    """
     n = 4 * sum(p.numel() for p in model.parameters())
-    names = [os.path.join(out_dir, f) for f in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
     # AdamW keeps two numbers for each parameter
-    need = 3 * 3 * n + 2 * n - sum(os.path.getsize(f) for f in names if os.path.exists(f))
+    need = 4 * 3 * n if sharded else 3 * 3 * n + 2 * n
+    if resumed:
+        need -= sum(os.path.getsize(os.path.join(folder, f)) for folder, _, files in os.walk(out_dir) for f in files
+                    if f in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth') or os.path.basename(folder).startswith('shards-'))
     free = shutil.disk_usage(out_dir).free
     if need > free:
         fail(f'--out_dir={out_dir}: checkpoints will take {need / 1e6:.1f} MB more, {free / 1e6:.1f} MB are free', code=1)
+
+
+def saved_step(out_dir, name):
+    """Return after how many updates the checkpoint out_dir/name was saved, -1 where it is none or unreadable."""
+    try:
+        return read_checkpoint(os.path.join(out_dir, name))['iter_num']
+    except ValueError:
+        return -1
 
 
 def keep_old_run(out_dir, names, run):
@@ -909,10 +923,8 @@ def keep_old_run(out_dir, names, run):
     if not names:
         return
     stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(os.path.join(out_dir, names[0]))))
-    try:
-        stamp = f'{read_checkpoint(os.path.join(out_dir, "ckpt.pt"))["iter_num"]}-{stamp}'
-    except ValueError:
-        pass  # unreadable, but still not ours to destroy
+    if (step := saved_step(out_dir, names[0])) >= 0:
+        stamp = f'{step}-{stamp}'
     for name in names:
         stem, extension = os.path.splitext(name)
         kept, n = f'{stem}-{stamp}{extension}', 1
@@ -935,14 +947,27 @@ def remember_run(out_dir):
         print(f'note: {log} not written ({e.strerror}): sample.py will need --out_dir={out_dir}', flush=True)
 
 
+def metrics_lines(path):
+    """Return the sound lines of a metrics.jsonl: a run that was killed may have left half a one."""
+    lines = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            for line in f:
+                try:
+                    json.loads(line)['step']
+                    lines.append(line.rstrip('\n') + '\n')
+                except (ValueError, KeyError, TypeError):
+                    pass
+    return lines
+
+
 def plot_losses(out_dir):
     """Draw out_dir/loss.png from metrics.jsonl, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
-        rows = [json.loads(line) for line in f]
+    rows = [json.loads(line) for line in metrics_lines(os.path.join(out_dir, 'metrics.jsonl'))]
     ax = Figure(figsize=(8, 5), layout='constrained').subplots()
     for key, style in (('loss', '-'), ('train_loss', 'o-'), ('val_loss', 'o-')):
         points = [(r['step'], r[key]) for r in rows if key in r]
@@ -962,9 +987,8 @@ class Metrics:
     def __init__(self, config, iter_num):
         self.path = os.path.join(config['out_dir'], 'metrics.jsonl')
         rows = []
-        if iter_num and os.path.exists(self.path):
-            with open(self.path, encoding='utf-8') as f:
-                rows = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= iter_num]
+        if iter_num:
+            rows = [line for line in metrics_lines(self.path) if json.loads(line)['step'] <= iter_num]
         with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(rows)  # a resumed run repeats what came after its checkpoint
         os.replace(self.path + '.tmp', self.path)
@@ -975,7 +999,7 @@ class Metrics:
             self.wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config)
         if config['tensorboard']:
             self.writer = optional_import('torch.utils.tensorboard', 'tensorboard').SummaryWriter(
-                os.path.join(config['out_dir'], 'tensorboard'), purge_step=iter_num or None)
+                os.path.join(config['out_dir'], 'tensorboard'), purge_step=iter_num + 1 if iter_num else None)
 
     def write(self, **row):
         try:
@@ -1008,7 +1032,7 @@ def main(config, checkpoint=None):
         if config[key]:
             optional_import(module, key)
     run = setup(device, dtype, compile, backend, seed, deterministic, timeout_s,
-                micro_batches=max_iters * gradient_accumulation_steps)
+                max_iters, gradient_accumulation_steps)
     micro_batches, part, parts = divide(config, run)
     rows = batch_size // parts
 
@@ -1080,9 +1104,14 @@ def main(config, checkpoint=None):
                   + (f', {skipped} batches skipped' if skipped else ''))
         checkpoint = None  # frees its memory
     if run.world_size > 1:
-        total = run.all_reduce(torch.tensor([iter_num, iter_num**2], dtype=torch.float64, device=run.device))
-        if total[0]**2 != total[1] * run.world_size:  # not the same number on all ranks
+        data_crc = zlib.crc32(json.dumps(data).encode()) % 2**16
+        facts = torch.tensor([iter_num, data_crc], dtype=torch.float64, device=run.device)
+        total, squares = run.all_reduce(torch.stack([facts, facts**2]))
+        differ = total**2 != squares * run.world_size  # where all ranks have the same number, both are n**2 * it**2
+        if differ[0]:
             fail(f'{out_dir} holds step {iter_num} for rank {run.rank}, another for others: is it on a disk that all see?')
+        if differ[1]:
+            fail(f'data/{dataset} has {data["tokens"]} tokens for rank {run.rank}, and not the same for others: prepare it alike on every node')
     resumed_at = iter_num if init_from == 'resume' else -1
     last_iter = min(max_iters, iter_num + train_iters) if train_iters else max_iters
     if iter_num >= last_iter and resumed_at >= 0 and not eval_only:
@@ -1097,12 +1126,13 @@ def main(config, checkpoint=None):
         return run.close()
 
     # files
+    sharded = checkpoint_format == 'sharded'
     if run.is_main:
-        check_space(out_dir, model)
+        check_space(out_dir, model, sharded, init_from == 'resume')
         if init_from != 'resume':
             keep_old_run(out_dir, ['ckpt.pt', 'ckpt_prev.pt', 'model.pth', 'metrics.jsonl', 'loss.png'], run)
-        elif ckpt != 'ckpt.pt':
-            keep_old_run(out_dir, ['ckpt.pt'], run)
+        else:  # what this run goes back behind
+            keep_old_run(out_dir, ['ckpt.pt'] * (ckpt != 'ckpt.pt') + ['model.pth'] * (saved_step(out_dir, 'model.pth') > iter_num), run)
         metrics = Metrics(config, iter_num)
         remember_run(out_dir)
 
@@ -1122,7 +1152,6 @@ def main(config, checkpoint=None):
     sequences = gradient_accumulation_steps * batch_size  # in an update
     run.print(LEGEND)
 
-    sharded = checkpoint_format == 'sharded'
     shards = {}  # of the last step that wrote some
 
     def save(name, previous=None, **more):
@@ -1159,7 +1188,6 @@ def main(config, checkpoint=None):
                       f'(evaluated in {time.perf_counter() - t1:.1f} s)')
             if run.is_main:
                 metrics.write(step=it, train_loss=train_loss, val_loss=val_loss, train_seconds=train_seconds)
-                plot_losses(out_dir)
             if sample_tokens:  # on all ranks, which with fsdp hold the model together
                 text = sample_text(model, tokenizer, prompt, sample_tokens, run, it)
                 run.print(f'--- sample at step {it} ---\n{text}\n---')
@@ -1170,6 +1198,8 @@ def main(config, checkpoint=None):
                  optimizer=[{} if sharded else opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
                  best_val_loss=best_val_loss, train_seconds=train_seconds, data=data, skipped=skipped)
         if due:
+            if run.is_main:
+                plot_losses(out_dir)
             since, t0 = it, time.perf_counter()
 
         # stop?
@@ -1229,13 +1259,22 @@ def main(config, checkpoint=None):
 
 
 if __name__ == '__main__':
+    code = 0
     try:
-        main(*settings())
-    except KeyboardInterrupt:  # before the loop, which handles it itself
-        fail('interrupted before training began', code=130)
+        try:
+            main(*settings())
+        except KeyboardInterrupt:  # before the loop, which handles it itself
+            fail('interrupted before training began', code=130)
+        except RuntimeError as e:
+            if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):  # a CPU's has no class
+                raise
+            fail(f'out of memory, halve batch_size and double gradient_accumulation_steps: {str(e).splitlines()[0]}', code=1)
+    except SystemExit as e:
+        code = e.code
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         # in one of some eighty processes that have left gloo, torch 2.13 aborts while Python ends ("terminate called without an
         # active exception"), after all is done; so leave without Python's own clean-up, but for what was asked to run at exit
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code)
+    sys.exit(code)

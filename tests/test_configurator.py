@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 import torch
@@ -173,7 +174,12 @@ def test_short_runs_and_cpus_are_not_compiled(monkeypatch):
     import importlib.util
     from configurator import worth_compiling
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
+    monkeypatch.setattr(shutil, 'which', lambda name: f'/usr/bin/{name}')
     assert worth_compiling('cuda', 5000) and not worth_compiling('cuda', 500)
     assert not worth_compiling('cpu', 10**9) and not worth_compiling('mps', 10**9)
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    assert not worth_compiling('cuda', 5000)  # without triton
+    for module, name, value in ((importlib.util, 'find_spec', None), (torch.cuda, 'get_device_capability', (6, 1)), (shutil, 'which', None)):
+        with monkeypatch.context() as m:  # without triton, with a GPU that it does not know, without a C compiler
+            m.setattr(module, name, lambda *args: value)
+            m.delenv('CC', raising=False)
+            assert not worth_compiling('cuda', 5000)

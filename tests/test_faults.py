@@ -23,6 +23,7 @@ import sample
 import train
 from conftest import TINY, metrics, same_tensors, script, snapshot
 from configurator import Run, configure
+from data import common
 from model import GPT, GPTConfig
 
 FAST = [*TINY, '--eval_iters=1', '--eval_interval=3', '--sample_tokens=0', '--max_iters=12']
@@ -169,6 +170,22 @@ def test_space_and_permission_are_checked_before_training(project, train_run, tm
     assert e.value.code == 1 and '0.0 MB are free' in captured.err and 'step=' not in captured.out
 
 
+def test_the_space_a_run_needs_counts_what_it_resumes_from_alone(tmp_path, monkeypatch, capsys):
+    model = torch.nn.Linear(1000, 1, bias=False)  # 4,000 bytes
+    (tmp_path / 'shards-1-1').mkdir()
+    for name in ('ckpt.pt', 'shards-1-1/__0_0.distcp', 'ckpt-1-2.pt'):
+        (tmp_path / name).write_bytes(bytes(5000))
+    for sharded, resumed, need in ((False, False, 44_000), (False, True, 34_000), (True, False, 48_000), (True, True, 38_000)):
+        for free in (need - 1, need):
+            monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(0, 0, free))
+            if free == need:
+                train.check_space(str(tmp_path), model, sharded, resumed)
+            else:
+                with pytest.raises(SystemExit):
+                    train.check_space(str(tmp_path), model, sharded, resumed)
+    assert 'checkpoints will take 0.0 MB more' in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run):
     out = tmp_path / 'out'
@@ -290,11 +307,15 @@ def test_float16_overflows_are_skipped_and_many_in_a_row_are_fatal(train_run, tm
 def test_a_bad_stretch_of_data_can_be_skipped_from_the_previous_checkpoint(train_run, tmp_path, capsys):
     out = tmp_path / 'out'
     last = train_run(*FAST, '--max_iters=9')
+    best = load(out, 'model.pth')
+    assert best['iter_num'] == 9
     resumed = train_run('--init_from=resume', '--ckpt=ckpt_prev.pt', '--skip_batches=5', '--train_iters=2')
     text = capsys.readouterr().out
     assert 'resumed' in text and 'ckpt_prev.pt at step 6, 5 batches skipped' in text
     kept = [f for f in os.listdir(out) if re.fullmatch(r'ckpt-9-.*\.pt', f)]
     assert len(kept) == 1 and same_tensors(load(out, kept[0])['model'], last['model'])
+    kept = [f for f in os.listdir(out) if re.fullmatch(r'model-9-.*\.pth', f)]  # which what comes now could have replaced
+    assert len(kept) == 1 and load(out, kept[0])['val_loss'] == best['val_loss']
     assert resumed['iter_num'] == 8 and resumed['skipped'] == 5 and load(out, 'ckpt_prev.pt')['iter_num'] == 6
     assert train_run('--init_from=resume')['skipped'] == 5  # and stays so
     # the batches are those of updates 11 and 12 of a run that skips nothing
@@ -528,6 +549,22 @@ def test_user_mistakes_change_nothing(project, train_run, tmp_path, monkeypatch,
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.splitlines()[-1].startswith('error: ') and time.monotonic() - t0 < 10
     assert snapshot(project) == before and os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_one_line(project, tmp_path):
+    _, err = script(project, 'train.py', *TINY, '--n_embd=4000000', f'--out_dir={tmp_path / "out"}', code=1)
+    assert err.splitlines()[-1].startswith('error: out of memory, halve batch_size') and 'Traceback' not in err
+
+
+@pytest.mark.slow
+def test_ranks_with_different_data_are_refused(project, tmp_path, text):
+    (tmp_path / 'others.txt').write_text(text.read_text()[:100_000])
+    common.write_dataset('others', str(tmp_path / 'others.txt'), 'char')
+    (tmp_path / 'two.py').write_text('import os\ndataset = ["topics", "others"][int(os.environ["RANK"])]\n')
+    _, err = script(project, 'train.py', *[a for a in TINY if 'dataset' not in a], str(tmp_path / 'two.py'),
+                    f'--out_dir={tmp_path / "out"}', nproc=2, code=1)
+    assert 'and not the same for others: prepare it alike' in err and not (tmp_path / 'out' / 'metrics.jsonl').exists()
 
 
 def test_a_user_mistake_in_a_real_process_is_one_line(project, tmp_path):

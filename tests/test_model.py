@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -38,6 +39,9 @@ def test_the_reference_model_has_the_published_counts():
     assert (len(shapes), sum(p.numel() for p in shapes)) == (26, 10_690_944)
     # PaLM's formula by hand: 6N + 12 L C T
     assert model.flops_per_token() == 6 * 10_646_784 + 12 * 6 * 384 * 128
+    with torch.device('meta'):
+        untied = GPT(GPTConfig(block_size=128, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False, tie_weights=False))
+    assert untied.flops_per_token() == model.flops_per_token()  # the embedding is looked up, not multiplied with
 
 
 def test_initialization_is_gpt2s():
@@ -109,6 +113,12 @@ def test_logits_equal_transformers(tmp_path, tanh):
             assert torch.allclose(model(idx[:, :T])[0], reference(idx[:, :T]).logits, atol=1e-4)
     with pytest.raises(ValueError, match='positions'):
         GPT.from_pretrained(tmp_path, 17)
+    for other in (dict(layer_norm_epsilon=1e-6), dict(scale_attn_weights=False), dict(scale_attn_by_inverse_layer_idx=True)):
+        config = json.loads((tmp_path / 'config.json').read_text())
+        (tmp_path / 'other').mkdir(exist_ok=True)
+        (tmp_path / 'other' / 'config.json').write_text(json.dumps(config | other))
+        with pytest.raises(ValueError, match=list(other)[0]):
+            GPT.from_pretrained(tmp_path / 'other')
 
 
 def test_the_loss_is_cross_entropy_and_skips_minus_one():
@@ -187,6 +197,10 @@ def test_cached_decoding_equals_the_full_forward(variant, batch_size):
         got = [model(tokens[:, :5], cache=cache)[0]] + [model(tokens[:, t:t + 1], cache=cache)[0] for t in range(5, 16)]
         full = model(tokens)[0]
     assert torch.allclose(torch.cat(got, 1), full[:, 4:], atol=1e-4)
+    with torch.autocast('cpu', torch.bfloat16):  # where gradients are wanted, too
+        cache = KVCache(16)
+        got = [model(tokens[:, :5], cache=cache)[0]] + [model(tokens[:, t:t + 1], cache=cache)[0] for t in range(5, 16)]
+    assert torch.allclose(torch.cat(got, 1), full[:, 4:], atol=0.05 * full.std())
 
 
 @pytest.mark.parametrize('shape', [(3, 2, 40, 16), (5, 8, 1024, 8)])  # the second is computed in two parts

@@ -139,6 +139,12 @@ def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_pa
     with pytest.raises(SystemExit) as e:
         sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
     assert e.value.code == 2 and 'name another' in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e:
+        sampled(f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}')
+    assert e.value.code == 2 and 'Not a directory' in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e:
+        sampled(f'--init_from={tmp_path / "hf"}', '--out_dir=')
+    assert e.value.code == 2 and 'such a folder holds no tokenizer' in capsys.readouterr().err
 
 
 def test_a_model_that_gpt2_cannot_express_is_not_exported(train_run, tmp_path, sampled, capsys):
