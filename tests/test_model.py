@@ -200,7 +200,8 @@ def test_cached_decoding_equals_the_full_forward(variant, batch_size):
     with torch.autocast('cpu', torch.bfloat16):  # where gradients are wanted, too
         cache = KVCache(16)
         got = [model(tokens[:, :5], cache=cache)[0]] + [model(tokens[:, t:t + 1], cache=cache)[0] for t in range(5, 16)]
-    assert torch.allclose(torch.cat(got, 1), full[:, 4:], atol=0.05 * full.std())
+    error = (torch.cat(got, 1) - full[:, 4:]).std() / full.std()
+    assert error < 0.02, error
 
 
 @pytest.mark.parametrize('shape', [(3, 2, 40, 16), (5, 8, 1024, 8)])  # the second is computed in two parts
