@@ -54,9 +54,9 @@ def pick_dtype(device, num_samples):
     """Return the name of the dtype for the weights in which device generates so many samples together fastest."""
     if device != 'cpu':
         return 'auto'
-    if num_samples == 1 and not torch.cpu._is_amx_tile_supported():
-        return 'float16'  # half the bytes of float32, and read several times faster than bfloat16 where there is no AMX
-    return 'bfloat16' if cpu_multiplies_bfloat16() else 'float32'
+    if cpu_multiplies_bfloat16():
+        return 'bfloat16'
+    return 'float16' if num_samples == 1 else 'float32'  # one sample takes as long as the weights take to read
 
 
 def place_for_generation(model, device, dtype, quantize):
