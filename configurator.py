@@ -330,7 +330,7 @@ def worth_compiling(kind, micro_batches):
     """Whether torch.compile saves more time than it takes, on this kind of device, in so many micro-batches of one process.
 
     On a CPU it takes half a minute or more and gains little (what was tried, at the top of bench.py). On a GPU it takes about
-    a minute and saves some 30 ms a micro-batch, a rule of thumb; it needs triton there, a GPU that triton knows and a C compiler, which not every system has.
+    a minute and saves some 30 ms a micro-batch, a rule of thumb; it needs triton there, a GPU that triton knows, and a C compiler.
     """
     return kind == 'cuda' and micro_batches >= 2000 and importlib.util.find_spec('triton') is not None \
         and torch.cuda.get_device_capability() >= (7, 0) \

@@ -947,18 +947,17 @@ def remember_run(out_dir):
         print(f'note: {log} not written ({e.strerror}): sample.py will need --out_dir={out_dir}', flush=True)
 
 
-def metrics_lines(path):
-    """Return the sound lines of a metrics.jsonl: a run that was killed may have left half a one."""
-    lines = []
+def read_metrics(path):
+    """Return the rows of a metrics.jsonl, without damaged lines: a run that was killed may have left half a one."""
+    rows = []
     if os.path.exists(path):
         with open(path, encoding='utf-8', errors='replace') as f:
             for line in f:
                 try:
-                    json.loads(line)['step']
-                    lines.append(line.rstrip('\n') + '\n')
-                except (ValueError, KeyError, TypeError):
+                    rows.append(json.loads(line))
+                except ValueError:
                     pass
-    return lines
+    return rows
 
 
 def plot_losses(out_dir):
@@ -967,7 +966,7 @@ def plot_losses(out_dir):
         from matplotlib.figure import Figure
     except ImportError:
         return
-    rows = [json.loads(line) for line in metrics_lines(os.path.join(out_dir, 'metrics.jsonl'))]
+    rows = read_metrics(os.path.join(out_dir, 'metrics.jsonl'))
     ax = Figure(figsize=(8, 5), layout='constrained').subplots()
     for key, style in (('loss', '-'), ('train_loss', 'o-'), ('val_loss', 'o-')):
         points = [(r['step'], r[key]) for r in rows if key in r]
@@ -986,11 +985,9 @@ class Metrics:
 
     def __init__(self, config, iter_num):
         self.path = os.path.join(config['out_dir'], 'metrics.jsonl')
-        rows = []
-        if iter_num:
-            rows = [line for line in metrics_lines(self.path) if json.loads(line)['step'] <= iter_num]
+        rows = [row for row in read_metrics(self.path) if row['step'] <= iter_num] if iter_num else []
         with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(rows)  # a resumed run repeats what came after its checkpoint
+            f.writelines(json.dumps(row) + '\n' for row in rows)  # a resumed run repeats what came after its checkpoint
         os.replace(self.path + '.tmp', self.path)
         self.file = open(self.path, 'a', encoding='utf-8')
         self.wandb = self.writer = None
@@ -1111,7 +1108,8 @@ def main(config, checkpoint=None):
         if differ[0]:
             fail(f'{out_dir} holds step {iter_num} for rank {run.rank}, another for others: is it on a disk that all see?')
         if differ[1]:
-            fail(f'data/{dataset} has {data["tokens"]} tokens for rank {run.rank}, and not the same for others: prepare it alike on every node')
+            fail(f'data/{dataset} has {data["tokens"]} tokens for rank {run.rank}, and not the same for others: prepare it '
+                 'alike on every node')
     resumed_at = iter_num if init_from == 'resume' else -1
     last_iter = min(max_iters, iter_num + train_iters) if train_iters else max_iters
     if iter_num >= last_iter and resumed_at >= 0 and not eval_only:
@@ -1132,7 +1130,8 @@ def main(config, checkpoint=None):
         if init_from != 'resume':
             keep_old_run(out_dir, ['ckpt.pt', 'ckpt_prev.pt', 'model.pth', 'metrics.jsonl', 'loss.png'], run)
         else:  # what this run goes back behind
-            keep_old_run(out_dir, ['ckpt.pt'] * (ckpt != 'ckpt.pt') + ['model.pth'] * (saved_step(out_dir, 'model.pth') > iter_num), run)
+            later = ['model.pth'] if saved_step(out_dir, 'model.pth') > iter_num else []
+            keep_old_run(out_dir, later if ckpt == 'ckpt.pt' else ['ckpt.pt', *later], run)
         metrics = Metrics(config, iter_num)
         remember_run(out_dir)
 
