@@ -43,10 +43,12 @@ class GPTConfig:
     def __post_init__(self):
         problems = [f'{key}={getattr(self, key)}: {key} is at least 1'
                     for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if getattr(self, key) < 1]
-        if not problems and self.n_embd % self.n_head:
-            problems.append(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}')
-        elif not problems and self.rotary and self.n_embd // self.n_head % 2:
-            problems.append(f'n_embd/n_head={self.n_embd // self.n_head} is odd: rotary turns pairs of channels')
+        if not problems:  # else it may divide by zero
+            head_dim, rest = divmod(self.n_embd, self.n_head)
+            if rest:
+                problems.append(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}')
+            elif self.rotary and head_dim % 2:
+                problems.append(f'n_embd/n_head={head_dim} is odd: rotary turns pairs of channels')
         if not 0 <= self.dropout < 1:
             problems.append(f'dropout={self.dropout}: dropout is at least 0 and below 1')
         if self.activation not in ACTIVATIONS:

@@ -136,7 +136,7 @@ def check_settings(c):
     try:
         model_shape(c, vocab_size=1)
     except ValueError as e:
-        problems += str(e).split('; ')
+        problems += str(e).split('; ')  # it may be several
     if c['parallel'] == 'fsdp' and c['optimizer'] == 'muon':
         problems.append('optimizer=muon needs whole matrices: use --optimizer=adamw with --parallel=fsdp')
     if c['checkpoint_format'] == 'sharded' and c['parallel'] != 'fsdp':
@@ -732,6 +732,21 @@ def shard_state(model, optimizers=()):
     return state
 
 
+def peek(path):
+    """Return the checkpoint at path, unchecked and with its tensors left on disk; None where it is none or unreadable."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception:
+        return None
+    return checkpoint if isinstance(checkpoint, dict) and isinstance(checkpoint.get('shards', {}), dict) else None
+
+
+def saved_step(path):
+    """Return after how many updates the checkpoint at path was saved, -1 where that cannot be read."""
+    step = (peek(path) or {}).get('iter_num')
+    return step if isinstance(step, int) else -1
+
+
 def write_shards(out_dir, state, it, run):
     """Write the state, each process its part, to a new folder shards-ID; return what a checkpoint needs to find it.
 
@@ -816,11 +831,9 @@ def remove_shards(out_dir):
     used = set()
     for name in os.listdir(out_dir):
         if name.endswith(('.pt', '.pth')):
-            try:
-                checkpoint = torch.load(os.path.join(out_dir, name), map_location='cpu', weights_only=True, mmap=True)
-                used.add(f'shards-{checkpoint.get("shards", {}).get("id")}')
-            except Exception:
+            if (checkpoint := peek(os.path.join(out_dir, name))) is None:
                 return  # unreadable: what it belongs to must stay
+            used.add(f'shards-{checkpoint.get("shards", {}).get("id")}')
     for name in os.listdir(out_dir):
         if re.fullmatch(r'shards-\d+-\d+', name) and name not in used:
             shutil.rmtree(os.path.join(out_dir, name))
@@ -909,21 +922,13 @@ def check_space(out_dir, model, sharded, resumed):
         fail(f'--out_dir={out_dir}: checkpoints will take {need / 1e6:.1f} MB more, {free / 1e6:.1f} MB are free', code=1)
 
 
-def saved_step(out_dir, name):
-    """Return after how many updates the checkpoint out_dir/name was saved, -1 where it is none or unreadable."""
-    try:
-        return read_checkpoint(os.path.join(out_dir, name))['iter_num']
-    except ValueError:
-        return -1
-
-
 def keep_old_run(out_dir, names, run):
     """Rename those files of an earlier run in out_dir, by its iteration and time, so that a new one destroys nothing."""
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return
     stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(os.path.join(out_dir, names[0]))))
-    if (step := saved_step(out_dir, names[0])) >= 0:
+    if (step := saved_step(os.path.join(out_dir, names[0]))) >= 0:
         stamp = f'{step}-{stamp}'
     for name in names:
         stem, extension = os.path.splitext(name)
@@ -1104,7 +1109,7 @@ def main(config, checkpoint=None):
         data_crc = zlib.crc32(json.dumps(data).encode()) % 2**16
         facts = torch.tensor([iter_num, data_crc], dtype=torch.float64, device=run.device)
         total, squares = run.all_reduce(torch.stack([facts, facts**2]))
-        differ = total**2 != squares * run.world_size  # where all ranks have the same number, both are n**2 * it**2
+        differ = total**2 != squares * run.world_size  # of the same number on all n ranks, both are n**2 * number**2
         if differ[0]:
             fail(f'{out_dir} holds step {iter_num} for rank {run.rank}, another for others: is it on a disk that all see?')
         if differ[1]:
@@ -1130,7 +1135,7 @@ def main(config, checkpoint=None):
         if init_from != 'resume':
             keep_old_run(out_dir, ['ckpt.pt', 'ckpt_prev.pt', 'model.pth', 'metrics.jsonl', 'loss.png'], run)
         else:  # what this run goes back behind
-            later = ['model.pth'] if saved_step(out_dir, 'model.pth') > iter_num else []
+            later = ['model.pth'] if saved_step(os.path.join(out_dir, 'model.pth')) > iter_num else []
             keep_old_run(out_dir, later if ckpt == 'ckpt.pt' else ['ckpt.pt', *later], run)
         metrics = Metrics(config, iter_num)
         remember_run(out_dir)
