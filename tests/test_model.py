@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import (ACTIVATIONS, GPT, BFloat16Attention, Dropout, GPTConfig, SkipInit, StoredLinear, draw, read_safetensors,
+from model import (ACTIVATIONS, GPT, Dropout, GPTConfig, SkipInit, StoredLinear, attention_by_products, draw, read_safetensors,
                    rotate, store_weights)
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
@@ -204,20 +204,36 @@ def test_cached_decoding_equals_the_full_forward(variant, batch_size):
     assert error < 0.02, error
 
 
-@pytest.mark.parametrize('shape', [(3, 2, 40, 16), (5, 8, 1024, 8)])  # the second is computed in two parts
-def test_the_bfloat16_attention_gradient_is_as_exact_as_torchs(shape):
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.filterwarnings('error')
+def test_autocast_on_a_cpu_halves_activations_and_keeps_the_loss(variant):
     torch.manual_seed(0)
-    q, k, v, dy = torch.randn(4, *shape).unbind()
+    model = GPT(GPTConfig(**SMALL | variant))
+    idx = torch.randint(50, (4, 16))
+    _, exact = model(idx, idx)
+    inputs = []
+    for module in (*model.transformer.h, model.transformer.ln_f, model.lm_head):
+        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        _, loss = model(idx, idx)
+    assert set(inputs) == {torch.bfloat16} and loss.dtype == torch.float32
+    assert 0 < abs(loss - exact) < 3e-3 * exact
 
-    def gradients(attention, dtype):
+
+def test_attention_by_products_is_as_exact_as_torchs():
+    torch.manual_seed(0)
+    q, k, v, dy = torch.randn(4, 3, 2, 40, 16).unbind()
+
+    def results(attention, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        attention(*leaves).backward(dy.to(dtype))
-        return [t.grad.double() for t in leaves]
+        y = attention(*leaves)
+        y.backward(dy.to(dtype))
+        return [t.detach().double() for t in (y, *(leaf.grad for leaf in leaves))]
 
     def sdpa(*qkv):
         return F.scaled_dot_product_attention(*qkv, is_causal=True)
-    for exact, ours, torchs in zip(gradients(sdpa, torch.float64), gradients(BFloat16Attention.apply, torch.bfloat16),
-                                   gradients(sdpa, torch.bfloat16)):
+    for exact, ours, torchs in zip(results(sdpa, torch.float64), results(attention_by_products, torch.bfloat16),
+                                   results(sdpa, torch.bfloat16)):
         assert (ours - exact).norm() < 2 * (torchs - exact).norm() < 0.03 * exact.norm()
 
 
