@@ -11,8 +11,12 @@ Takes all of train.py's settings; writes no checkpoint. The last line of output 
 
 What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 tokens, 384 wide, where nothing else is said):
 - keeping freed memory, in huge pages (keep_memory in configurator.py): an update from 6.5 to 4.7 s
-- attention's gradient in bfloat16 (BFloat16Attention in model.py): 205 ms a layer by torch, 95 as five products, 110 if cut
-  into parts that fit the cache; in float32 240
+- attention in bfloat16, forward and backward: 265 ms a layer by torch, 180 by torch's forward and five products backward, 110
+  as products whose weights are kept (attention_by_products in model.py); the causal half alone, in two parts, 116; scale and mask
+  within the product (baddbmm) 100 to 106, slower for small models. In float32 torch's takes 240 backward
+- the residual stream in bfloat16: adding to one in float32 takes 3.8 ms instead of 0.9, and every LayerNorm a conversion more.
+  Together with attention and the next line an update takes 3.7 s instead of 4.2
+- dropout's mask compared into bfloat16: 1.4 ms, made of a Boolean one 8.9; x * Boolean or torch.where 6.4 to 7.1, slower backward
 - relu(x).square(): its gradient takes 79 ms at 32 x 256 x 1536, that of pow(2) 8
 - QK-norm by rms_norm: 19 ms forward and backward, by layer_norm, which has a kernel of its own, 5
 - without bfloat16 products (Zen 3): torch.optim.Muon, which is always in bfloat16, took 13 of the 14.4 s of an update with 6
@@ -20,12 +24,12 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - RMSNorm is several operations on a CPU, 6 ms forward and backward in float32 at 16 x 256 x 256, LayerNorm one, 1.3
 - squared ReLU with a backward of its own (SquaredReLU in model.py): 5 ms instead of 12 at 16 x 256 x 1024 in float32; with that,
   rotary in bfloat16 and the shift by chunk() instead of slices, an update of the speedrun takes 172 ms with AMX instead of 199
-- torch.compile: no gain for GPT-2's architecture; with AMX 1.84 s an update instead of 1.55, for the speedrun 166 ms instead of
-  172, for 25 s of compilation; together with keep_memory torch 2.13 may crash
+- torch.compile: 4.05 s instead of 3.96, but 2.4 GB instead of 3.0 (as one graph, with keep_memory, beside which torch 2.13 may
+  crash unless AOTAutograd's cache is off), for 40 s of compilation; 4 layers, 128 wide, 12 x 64: 35 ms instead of 23. With AMX, as
+  many graphs, 1.84 s instead of 1.55, for the speedrun 166 ms instead of 172
 - with AMX (2-core Intel Xeon) the reference's update is 1.5 s: 0.5 s of matrix products (weight gradients at 1.4 TFLOP/s, the
   others at 3 to 3.9), 0.4 attention, 0.16 GELU, the rest passes over activations. A quarter of the batch at a time, to fit the
-  caches: 1.65 s. x * keep instead of dropout's scaled mask: a third faster forward, twice as slow backward (Zen 5: 10.9 ms
-  instead of 7.2 at 64 x 256 x 384; torch.where 10.3, masked_fill 17.6)
+  caches: 1.65 s. (Before the residual stream in bfloat16, attention by products and the mask above)
 - one row times a matrix, which is what one sample consists of: float32 9 GB/s, bfloat16 8, float16 20, int8 17 (float32
   whole matrices are read at 46); attention with one query: 23 us in float32, 107 in bfloat16, 205 in float16. Hence
   StoredLinear in model.py: half precision for the weights alone. Ten rows: bfloat16 3.2 ms, float32 6.8, float16 8.9
