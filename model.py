@@ -192,7 +192,8 @@ class CausalSelfAttention(nn.Module):
             v = v * self.attn_dropout(v.new_ones(B, self.n_head, T, 1))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S+T, D)
-        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and cache is None and T <= 1024:
+        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and cache is None \
+                and T <= 1024:  # for longer sequences its weights would take more memory than all else
             y = attention_by_products(q, k, v)
         else:
             # one new query sees every cached key; is_causal would align the mask to the upper left
