@@ -237,6 +237,21 @@ def test_attention_by_products_is_as_exact_as_torchs():
         assert (ours - exact).norm() < 2 * (torchs - exact).norm() < 0.03 * exact.norm()
 
 
+@pytest.mark.parametrize('length, by_products', [(1024, True), (1025, False)])
+def test_attention_keeps_its_weights_for_short_sequences_in_training_only(length, by_products, monkeypatch):
+    model = GPT(GPTConfig(block_size=1025, vocab_size=50, n_layer=1, n_head=1, n_embd=4))
+    calls = []
+    monkeypatch.setattr('model.attention_by_products', lambda q, k, v: calls.append(1) or v)
+    idx = torch.zeros(1, length, dtype=torch.int64)
+    model(idx)  # in float32
+    with torch.autocast('cpu', torch.bfloat16):
+        with torch.no_grad():
+            model(idx)
+        assert not calls
+        model(idx)
+    assert bool(calls) == by_products
+
+
 @pytest.mark.parametrize('rows', [1, 3, 40])
 @pytest.mark.parametrize('dtype, error', [(torch.bfloat16, 8e-3), (torch.float16, 2e-3), (torch.int8, 1.5e-2)])
 def test_stored_weights_multiply_like_the_ones_they_stand_for(dtype, error, rows):
