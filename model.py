@@ -161,7 +161,7 @@ def attention_by_products(q, k, v):
     In bfloat16 on a CPU half as much time, forward and backward, as F.scaled_dot_product_attention, which keeps none.
     """
     T, D = q.shape[-2:]
-    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    mask = q.new_full((T, T), -torch.inf).triu_(1)
     q, k, v = (t.contiguous() for t in (q * D**-0.5, k, v))
     return (q @ k.mT).add_(mask).softmax(dim=-1) @ v
 
@@ -188,7 +188,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if self.training and self.attn_dropout.threshold:
             # drop whole keys, for all queries alike (https://arxiv.org/abs/1907.11065): dropping single
-            # attention weights would need the (T, T) matrix, which fused attention never forms
+            # attention weights would need the (T, T) matrix, which fused attention, on a GPU, never forms
             v = v * self.attn_dropout(v.new_ones(B, self.n_head, T, 1))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S+T, D)
@@ -390,7 +390,8 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer.wpe.weight[past:past + T]
         if x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
-            x = x.to(torch.get_autocast_dtype('cpu'))  # so is all that follows: half the bytes in passes over activations
+            # what follows stays in it: half the bytes in each pass. On a GPU LayerNorm would go back to float32
+            x = x.to(torch.get_autocast_dtype('cpu'))
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:

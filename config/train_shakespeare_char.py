@@ -1,7 +1,7 @@
 # The reference: a 10M-parameter character GPT (6 layers, 6 heads, 384 wide, context 256, as train.py's defaults say)
 #     python train.py config/train_shakespeare_char.py
 # 2-core AMD EPYC (Zen 5), bfloat16: val loss 1.4085 (train 1.028) on the whole val split after 1,500 updates, 66 minutes of
-# training; --max_iters=500 ends at 1.5315. An update takes 2.6 s there, 1.7 s with AMX (before it became a seventh faster)
+# training; --max_iters=500 ends at 1.5315. An update took 2.6 s there and 1.7 s with AMX
 out_dir = 'out-shakespeare-char'
 eval_interval = 250  # it overfits, so evaluate often; model.pth keeps the best
 eval_iters = 7  # 7 x 64 windows of 256: all of the val split

@@ -220,9 +220,10 @@ def test_autocast_on_a_cpu_halves_activations_and_keeps_the_loss(variant):
     assert 0 < abs(loss - exact) < 3e-3 * exact
 
 
-def test_attention_by_products_is_as_exact_as_torchs():
+@pytest.mark.parametrize('shape', [(3, 2, 40, 16), (5, 8, 1024, 8)])
+def test_attention_by_products_is_as_exact_as_torchs(shape):
     torch.manual_seed(0)
-    q, k, v, dy = torch.randn(4, 3, 2, 40, 16).unbind()
+    q, k, v, dy = torch.randn(4, *shape).unbind()
 
     def results(attention, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
