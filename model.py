@@ -456,6 +456,10 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 # -----------------------------------------------------------------------------
 # fewer bytes for the weights, for generation on a CPU
 
+# x86 alone: products of float32 with weights stored in float16, its own order
+FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
+
+
 class StoredLinear(nn.Module):
     """A Linear whose weights are stored as bfloat16, float16 or int8; inputs and outputs are float32.
 
@@ -467,19 +471,23 @@ class StoredLinear(nn.Module):
     def __init__(self, linear, dtype):
         super().__init__()
         weight = linear.weight.detach().float()
-        self.bias, self.scale = linear.bias, None
+        self.bias, self.scale, self.kernel = linear.bias, None, 'torch'
         if dtype == torch.int8:
             # rounded to bfloat16, as the kernel wants it, but never down: the largest weight must remain within 127
             self.scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127 * (1 + 2**-8)).bfloat16()
             weight = (weight / self.scale.float()[:, None]).round()
+        if dtype == torch.float16 and FBGEMM:
+            self.kernel, self.weight = 'fbgemm', torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
+            return
         self.weight = weight.to(dtype)  # (out, in), as in nn.Linear
-        self.packed = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if self.packed:  # in the order in which oneDNN's kernel reads them, by the operators that torch.compile uses
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            # in the order in which oneDNN's kernel reads them, by the operators that torch.compile uses
+            self.kernel, self.weight = 'onednn', torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def forward(self, x):
-        if self.packed:
+        if self.kernel == 'fbgemm':
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
+        if self.kernel == 'onednn':
             y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, 'none', [], '').float()
             return y if self.bias is None else y + self.bias
         w, rows = self.weight, x.flatten(0, -2)
@@ -488,10 +496,8 @@ class StoredLinear(nn.Module):
                 F.linear(rows, w.float()) * self.scale
         elif len(rows) == 1:
             y = torch.mv(w, rows[0].to(w.dtype))
-        elif w.dtype == torch.float16:  # whose product is fast with one row only
-            y = F.linear(rows, w.float())
         else:
-            y = F.linear(rows.to(w.dtype), w)
+            y = F.linear(rows, w.float())
         y = y.float().view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

@@ -12,7 +12,7 @@ import torch
 
 from configurator import configure, cpu_multiplies_bfloat16, fail, pick_device, setup
 from data.common import read_text, tokenizer_from_dict
-from model import GPT, GPTConfig, SkipInit, store_weights
+from model import FBGEMM, GPT, GPTConfig, SkipInit, store_weights
 from train import HERE, encode_prompt, load_checkpoint, load_gpt2, read_shards
 
 # -----------------------------------------------------------------------------
@@ -54,9 +54,10 @@ def pick_dtype(device, num_samples):
     """Return the name of the dtype for the weights in which device generates so many samples together fastest."""
     if device != 'cpu':
         return 'auto'
-    if cpu_multiplies_bfloat16():
+    if num_samples > 1 and cpu_multiplies_bfloat16():
         return 'bfloat16'
-    return 'float16' if num_samples == 1 else 'float32'  # one sample takes as long as the weights take to read
+    # one sample takes as long as the weights take to read, and so do several where products are float32's anyway
+    return 'float16' if num_samples == 1 or FBGEMM else 'float32'
 
 
 def place_for_generation(model, device, dtype, quantize):

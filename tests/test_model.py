@@ -255,7 +255,11 @@ def test_attention_keeps_its_weights_for_short_sequences_in_training_only(length
 
 @pytest.mark.parametrize('rows', [1, 3, 40])
 @pytest.mark.parametrize('dtype, error', [(torch.bfloat16, 8e-3), (torch.float16, 2e-3), (torch.int8, 1.5e-2)])
-def test_stored_weights_multiply_like_the_ones_they_stand_for(dtype, error, rows):
+@pytest.mark.parametrize('kernels', [True, False])
+def test_stored_weights_multiply_like_the_ones_they_stand_for(dtype, error, rows, kernels, monkeypatch):
+    if not kernels:  # as on a machine that has neither of the two libraries
+        monkeypatch.setattr('model.FBGEMM', False)
+        monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
     torch.manual_seed(0)
     linear = torch.nn.Linear(128, 96)
     with torch.no_grad():
