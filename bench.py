@@ -181,7 +181,7 @@ def time_sampling(model, num_samples, n, run, quantize=''):
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=run.device)
     if not baseline and parallel != 'fsdp':
         model = copy.deepcopy(model)  # the next call wants other weights
-        name = pick_dtype(run.device.type, num_samples)
+        name = dtype if dtype != 'auto' else pick_dtype(run.device.type, num_samples)
         place_for_generation(model, run.device, run.dtype if name == 'auto' else getattr(torch, name), quantize)
     model.eval()
     seconds = []
@@ -216,7 +216,8 @@ def compare_with_baseline(argv):
     results = {True: [], False: []}
     for i in range(2 * compare):
         plain = i % 2 == 0
-        command = [sys.executable, os.path.abspath(__file__), *argv, '--compare=0', f'--baseline={plain}']
+        command = [sys.executable, os.path.abspath(__file__), *argv, '--compare=0', f'--baseline={plain}',
+                   *(['--dtype=float32', '--compile=False'] if plain else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(done.returncode)
@@ -258,10 +259,11 @@ def training(model, config, vocab_size, tokens, run):
                 generator = run.generator('bench', it, micro, part)
                 ids = torch.randint(vocab_size, (rows, block_size + 1), generator=generator)
                 x, y = ids[:, :-1].clone(), ids[:, 1:].clone()
-            batches.append((run.derive_seed('dropout', it, micro), x.to(run.device), y.to(run.device)))
+            batches.append((run.derive_seed('dropout', it, micro), run.to_device(x), run.to_device(y)))
         run.sync()
         t0 = time.perf_counter()
-        _, _, dtf, dtb, _ = train_step(step_model, optimizers, scaler, run, batches, grad_clip, factor=1.0, timed=timed)
+        _, _, dtf, dtb, _ = train_step(step_model, optimizers, scaler, run, batches, len(batches), grad_clip, factor=1.0,
+                                       timed=timed)
         run.sync()
         return time.perf_counter() - t0, dtf, dtb
     first_step_seconds = step(0)[0]
@@ -271,8 +273,10 @@ def training(model, config, vocab_size, tokens, run):
     halves = [step(1 + bench_warmup + bench_steps + i, timed=True)[1:] for i in range(min(3, bench_steps))]  # of a step
 
     peak = total_peak_flops(run, peak_tflops)
-    dt, dtf, dtb = (statistics.median(column) for column in (seconds, *zip(*halves)))
-    tps = gradient_accumulation_steps * batch_size * block_size / dt
+    times = {}
+    for key, column in zip(('dt', 'dtf', 'dtb'), (seconds, *zip(*halves))):
+        times |= {key: statistics.median(column), f'{key}_min': min(column), f'{key}_max': max(column)}
+    tps = gradient_accumulation_steps * batch_size * block_size / times['dt']
     if profile:
         with torch.profiler.profile() as profiler:
             for it in range(3):
@@ -281,8 +285,7 @@ def training(model, config, vocab_size, tokens, run):
             profiler.export_chrome_trace('trace.json')
             print(profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=12))
             print('wrote trace.json: open it at https://ui.perfetto.dev')
-    return dict(steps=bench_steps, dt=dt, dt_min=min(seconds), dt_max=max(seconds), dtf=dtf, dtb=dtb,
-                tps=tps, mfu=peak and 100 * model.flops_per_token() * tps / peak, peak_tflops=peak and peak / 1e12,
+    return dict(steps=bench_steps, **times, tps=tps, mfu=peak and 100 * model.flops_per_token() * tps / peak, peak_tflops=peak and peak / 1e12,
                 peak_memory_mb=peak_memory(run) / 1e6, startup_seconds=startup_seconds,
                 compile_seconds=compile_seconds, first_step_seconds=first_step_seconds)
 
@@ -320,6 +323,8 @@ if __name__ == '__main__':
         fail(*_problems)
     if (baseline or compare) and (rotary or qk_norm or token_shift):
         fail('the baseline is GPT-2\'s attention: --baseline and --compare are without rotary, qk_norm and token_shift')
+    if baseline and (dtype not in ('auto', 'float32') or compile is True):
+        fail('--baseline is in float32, without --dtype and --compile')
     if task not in ('speed', 'sample', 'hellaswag') or task == 'hellaswag' and init_from in ('scratch', 'resume', 'auto'):
         fail(f'--task={task}: task is speed, sample, or hellaswag with --init_from=gpt2, -medium, -large, -xl or a folder')
     if task == 'hellaswag':

@@ -26,6 +26,11 @@ import torch
 import torch.distributed as dist
 
 
+def torchrun(name, default):
+    """Return the number that torchrun says in the environment variable `name`; default without it."""
+    return int(os.environ.get(name, default))
+
+
 def fail(*problems, code=2):
     """Print one `error: ` line per problem on stderr and exit; 2 is the user's mistake, 1 the machine's.
 
@@ -33,7 +38,7 @@ def fail(*problems, code=2):
     they wait here. One that is still alive after the wait has found something that rank 0 has not.
     """
     prefix = ''
-    if rank := int(os.environ.get('RANK', 0)):
+    if rank := torchrun('RANK', 0):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         prefix = f'rank {rank}: '
@@ -41,6 +46,20 @@ def fail(*problems, code=2):
     for problem in problems:
         print(f'error: {prefix}{problem}', file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def cannot_write(path, e, more=''):
+    """fail, as the machine's fault, with the OSError e that came of writing path, and the space that is left there."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    fail(f'cannot write {path} ({e.strerror or e}): {shutil.disk_usage(folder).free / 1e6:.1f} MB are free{more}', code=1)
+
+
+def excepthook(kind, value, trace):
+    """Python's own, but Ctrl-C ends a script without a traceback."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, value, trace)
 
 
 # -----------------------------------------------------------------------------
@@ -88,6 +107,7 @@ def configure(namespace, argv=None, saved=None):
     that apply before all arguments. Every problem is reported, then the process exits with code 2. The names that
     arguments gave a value to are left in the namespace as `_given`.
     """
+    sys.excepthook = excepthook
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')  # no terminal is too old for a character in a sample
     argv = sys.argv[1:] if argv is None else argv
@@ -212,6 +232,12 @@ class Run:
             torch.cuda.synchronize()
         elif self.device.type == 'mps':
             torch.mps.synchronize()
+
+    def to_device(self, tensor):
+        """tensor, of the CPU, on the run's device; a GPU fetches it by itself, from memory that is pinned for that."""
+        if self.device.type == 'cuda':
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def derive_seed(self, stream, *index):
         """A seed that depends on the run's seed, the name of a stream and an index within it, only.
@@ -349,8 +375,7 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     many under torchrun.
     """
     rank, local_rank, world_size, local_world_size = (
-        int(os.environ.get(name, default)) for name, default in
-        [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)])
+        torchrun(*of) for of in [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)])
     device = pick_device(device)
     kind = device.split(':')[0]
 

@@ -6,12 +6,13 @@ Generate text with trained weights.
 """
 import codecs
 import os
+import shutil
 import time
 
 import torch
 
-from configurator import configure, cpu_multiplies_bfloat16, fail, pick_device, setup
-from data.common import read_text, tokenizer_from_dict
+from configurator import cannot_write, configure, cpu_multiplies_bfloat16, fail, pick_device, setup
+from data.common import GPT2_NAMES, read_text, tokenizer_from_dict
 from model import FBGEMM, GPT, GPTConfig, SkipInit, store_weights
 from train import HERE, encode_prompt, load_checkpoint, load_gpt2, read_shards
 
@@ -31,7 +32,7 @@ temperature = 0.8  # below 1: more likely, above 1: more varied; 0: always the l
 top_k = 200  # only the so many likeliest tokens, 0: all
 top_p = 1.0  # only the likeliest tokens that reach this probability together
 stop = ''  # end a sample before this text
-seed = 1337
+seed = 1337  # of the draws
 # machine
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # of the weights: auto (what the device reads and multiplies fastest) | float32 | bfloat16 | float16
@@ -46,7 +47,10 @@ def check_settings(c):
              ('top_k', 'at least 0', c['top_k'] >= 0),
              ('top_p', 'above 0 and at most 1', 0 < c['top_p'] <= 1),
              ('weights', 'best or last', c['weights'] in ('best', 'last')),
-             ('quantize', 'int8 or nothing', c['quantize'] in ('', 'int8'))]
+             ('quantize', 'int8 or nothing', c['quantize'] in ('', 'int8')),
+             ('seed', 'at least 0 and below 2**63', 0 <= c['seed'] < 2**63),
+             ('init_from', f'resume, {", ".join(GPT2_NAMES)}, or a folder with config.json and model.safetensors',
+              c['init_from'] in ('resume', *GPT2_NAMES) or os.path.isdir(c['init_from']))]
     return [f'{key}={c[key]}: {key} is {rule}' for key, rule, holds in rules if not holds]
 
 
@@ -105,11 +109,15 @@ def export_model(model, tokenizer):
         fail(f'--export={export}: it exists and is not an empty folder, name another')
     try:
         os.makedirs(export, exist_ok=True)
+    except OSError as e:
+        fail(f'--export={export}: {e.strerror}')
+    try:
         model.save_pretrained(export)
         tokenizer.save_pretrained(export)
     except (ValueError, OSError) as e:
-        if os.path.isdir(export) and not os.listdir(export):
-            os.rmdir(export)
+        shutil.rmtree(export, ignore_errors=True)
+        if isinstance(e, OSError):
+            cannot_write(export, e)
         fail(f'--export={export}: {e}')
     print(f'exported to {export}: transformers.GPT2LMHeadModel.from_pretrained({export!r}) loads it'
           + (', without a tokenizer: Hugging Face has none for characters' if tokenizer.eot is None else ''))
@@ -179,7 +187,4 @@ if __name__ == '__main__':
     _config = configure(globals())
     if _problems := check_settings(_config):
         fail(*_problems)
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    main()

@@ -9,6 +9,7 @@ Train a GPT, in one process or many.
 """
 import atexit
 import dataclasses
+import glob
 import importlib
 import json
 import math
@@ -26,9 +27,9 @@ import zlib
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import configure, fail, peak_flops, setup
+from configurator import cannot_write, configure, fail, peak_flops, setup, torchrun
 from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
 from model import GPT, Dropout, GPTConfig, SkipInit
 
@@ -58,7 +59,7 @@ gradient_accumulation_steps = 1  # micro-batches in an update, over all processe
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
 input_noise = 0.0  # this part of the input tokens is replaced by random ones in training: regularizes at no cost in time
-skip_batches = 0  # jump over so many updates' worth of data, say a bad stretch, from where this process begins
+skip_batches = 0  # updates' worth of data jumped over so far: raise it on resuming, to pass by a bad stretch
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -77,22 +78,22 @@ softcap = 0.0  # soft bound of the logits, 0 for none
 optimizer = 'adamw'  # adamw | muon: Muon for the blocks' matrices and AdamW for the rest
 learning_rate = 1e-3  # the highest, of AdamW
 muon_lr = 0.02  # the highest, of Muon; follows the same schedule
-muon_momentum = 0.95
+muon_momentum = 0.95  # of the average over past gradients
 max_iters = 5000  # updates in total
 train_iters = 0  # stop this process after so many updates, to be resumed; 0: run to max_iters
 weight_decay = 0.1  # on matrices
-beta1 = 0.9
-beta2 = 0.95
+beta1 = 0.9  # of AdamW's average over past gradients
+beta2 = 0.95  # and over their squares
 grad_clip = 1.0  # bound of the gradient's norm, 0 for none
 # learning rate schedule
-decay_lr = True  # False: constant after the warmup
+decay_lr = True  # False: learning_rate throughout, without warmup
 lr_schedule = 'cosine'  # cosine | linear: constant, then linear over the last decay_frac
 warmup_iters = 100  # linear, from learning_rate / (warmup_iters + 1)
 lr_decay_iters = 0  # where the decay ends, 0: at max_iters
 decay_frac = 0.4  # the part of lr_decay_iters that decays, for lr_schedule=linear
 min_lr = 1e-4  # where it ends
 # machine
-seed = 1337
+seed = 1337  # of weights, batches, dropout and samples
 deterministic = False  # the same bits in every run on a GPU as well, where some operations get slower
 timeout_s = 1800  # a process that hears nothing from another for so long ends
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
@@ -107,7 +108,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 CHECKPOINT_FORMAT = 1
 MAX_OVERFLOWS = 30  # in a row: GradScaler has then halved its scale 30 times, for nothing
 # what a resumed process does not take from the checkpoint
-OF_THIS_PROCESS = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only', 'skip_batches')
+OF_THIS_PROCESS = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
 LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
   dt       seconds per step                    dtf, dtb     of it in forward and backward
@@ -123,16 +124,18 @@ def check_settings(c):
     ranges = {
         'at least 1': (lambda v: v >= 1, 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s'),
         'at least 0': (lambda v: v >= 0, 'eval_iters sample_tokens max_iters train_iters warmup_iters lr_decay_iters '
-                                         'weight_decay grad_clip min_lr peak_tflops seed skip_batches'),
+                                         'weight_decay grad_clip min_lr peak_tflops skip_batches'),
+        'at least 0 and below 2**63': (lambda v: 0 <= v < 2**63, 'seed'),
         'positive': (lambda v: v > 0, 'learning_rate muon_lr'),
         'at least 0 and below 1': (lambda v: 0 <= v < 1, 'beta1 beta2 muon_momentum input_noise'),
         'above 0 and at most 1': (lambda v: 0 < v <= 1, 'decay_frac'),
     }
     for rule, (holds, keys) in ranges.items():
         problems += [f'{k}={c[k]}: {k} is {rule}' for k in keys.split() if not (holds(c[k]) and math.isfinite(c[k]))]
-    choices = {'parallel': 'ddp fsdp', 'checkpoint_format': 'full sharded', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear'}
+    choices = {'parallel': 'ddp fsdp', 'checkpoint_format': 'full sharded', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
+               'dtype': 'auto float32 bfloat16 float16', 'compile': 'auto True False', 'backend': 'auto nccl gloo'}
     problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items()
-                 if c[k] not in v.split()]
+                 if str(c[k]) not in v.split()]
     try:
         model_shape(c, vocab_size=1)
     except ValueError as e:
@@ -154,7 +157,7 @@ def settings(argv=None):
     """Return the dict of settings from the command line, and the checkpoint to resume from, or None."""
     config, checkpoint = configure(globals(), argv), None
     path = os.path.join(out_dir, ckpt)
-    if init_from == 'resume' or init_from == 'auto' and os.path.exists(path):
+    if init_from == 'resume' or init_from == 'auto' and any(os.path.exists(os.path.join(out_dir, f)) for f in (ckpt, 'ckpt_prev.pt')):
         checkpoint = load_checkpoint(path)
         if 'optimizer' not in checkpoint:
             fail(f'{path} holds weights to sample from: resume from ckpt.pt or ckpt_prev.pt')
@@ -386,7 +389,7 @@ def load_optimizer(opt, state):
 
     def shard(t, p):
         if not is_sharded(p) or t.shape != p.shape:
-            return t
+            return t.clone()  # else, on a CPU, it would stay in the file it was read from, which then cannot be freed
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
     state = dict(state, state={i: {k: shard(t, p) for k, t in state['state'][i].items()}
@@ -402,7 +405,8 @@ def compile_model(model, rows, run):
         return model
     run.print('compiling ...')
     t0 = time.perf_counter()
-    compiled = torch.compile(model)
+    # without the logits: as an output, compiled, they would be written, and get a gradient of zeros of their size
+    compiled = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=run.device)
     with run.autocast():
         _, loss = compiled(idx, idx.clone())  # two tensors, as in training: else it would be compiled anew there
@@ -487,10 +491,10 @@ def make_optimizers(model, run, c):
 
 def lr_factor(it, c):
     """The learning rate of the update after `it` updates, as a part of the highest; c is the dict of settings."""
-    if it < c['warmup_iters']:
-        return (it + 1) / (c['warmup_iters'] + 1)
     if not c['decay_lr']:
         return 1.0
+    if it < c['warmup_iters']:
+        return (it + 1) / (c['warmup_iters'] + 1)
     end = c['lr_decay_iters'] or c['max_iters']
     start = c['warmup_iters'] if c['lr_schedule'] == 'cosine' else max(c['warmup_iters'], end * (1 - c['decay_frac']))
     x = min(1.0, max(0.0, (it - start) / max(1, end - start)))
@@ -502,17 +506,17 @@ class NotFinite(Exception):
     """A loss or gradient is inf or nan; the weights have not been touched."""
 
 
-def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor, stop=False, timed=True):
+def train_step(model, optimizers, scaler, run, batches, count, grad_clip, factor, stop=(), timed=True):
     """Update the weights once. model is called as model(idx, targets), compiled or not.
 
-    micro_batches: this rank's share, a list of (dropout seed, idx, targets). factor: of the highest learning
-    rates. stop: this rank wants to leave. timed: wait for the device between the parts, so that their seconds are true.
+    batches: this rank's share, an iterable of `count` micro-batches (dropout seed, idx, targets), each taken while a GPU
+    still computes the one before. factor: of the highest learning rates. stop: signals that came, with which this rank
+    wants to leave. timed: wait for the device between the parts, so that their seconds are true.
     Returns loss (float, mean over micro-batches and ranks), norm (float, of the gradient before clipping), the
     seconds in forward and backward, and whether any rank wants to leave. Raises NotFinite on all ranks alike.
     """
     seconds = [0.0, 0.0]
     total = torch.zeros(2, device=run.device)  # loss, stop
-    total[1] = stop
 
     def clock():
         if timed:
@@ -521,34 +525,35 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
     groups = [group for opt in optimizers for group in opt.param_groups]
     params = [p for group in groups for p in group['params']]
     sharded = is_sharded(params[0])
-    for i, (dropout_seed, idx, targets) in enumerate(micro_batches):
+    for i, (dropout_seed, idx, targets) in enumerate(batches):
         if sharded:  # sum over the ranks, and give up the gathered parameters, after the last micro-batch only
-            model.set_requires_gradient_sync(i == len(micro_batches) - 1)
-            model.set_reshard_after_backward(i == len(micro_batches) - 1)
+            model.set_requires_gradient_sync(i == count - 1)
+            model.set_reshard_after_backward(i == count - 1)
         t0 = clock()
         torch.manual_seed(dropout_seed)
         with run.autocast():
             _, loss = model(idx, targets)
-        loss = loss / len(micro_batches)
+        loss = loss / count
         total[0] += loss.detach()
         t1 = clock()
         scaler.scale(loss).backward()
         seconds[0] += t1 - t0
         seconds[1] += clock() - t1
+    total[1] = bool(stop)  # as late as this, so that it is this step that a signal ends
 
     if sharded:
         total = run.all_reduce(total) / run.world_size
     elif run.world_size > 1:
         # one sum over all ranks per update, always in this order: DistributedDataParallel would rebuild its buckets
         # after the first update of a process, so a resumed run would add in another order
-        flat = run.all_reduce(torch.cat([p.grad.flatten() for p in params] + [total])) / run.world_size
+        flat = run.all_reduce(torch.cat([p.grad.flatten() for p in params] + [total])).div_(run.world_size)
         for p, grad in zip(params, flat.split([p.numel() for p in params] + [2])):
             p.grad = grad.view_as(p)
         total = flat[-2:]
     for opt in optimizers:
         scaler.unscale_(opt)
     norm = nn.utils.get_total_norm([p.grad for p in params])
-    loss = total[0].item()
+    loss, leave = total.tolist()  # a GPU is waited for here, before it gets the optimizers' work, and not after
     # an overflow in float16 is no fault: the scaler skips the update and halves its scale
     norm_value = (norm.full_tensor() if sharded else norm).item()
     if not (math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm_value))):
@@ -562,7 +567,7 @@ def train_step(model, optimizers, scaler, run, micro_batches, grad_clip, factor,
             scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
-    return loss, norm_value, *seconds, bool(total[1] > 0)
+    return loss, norm_value, *seconds, leave > 0
 
 
 @torch.no_grad()
@@ -581,7 +586,7 @@ def evaluate(model, tokens, eval_iters, batch_size, run):
             y[-1, :max(0, starts[-2] + tokens.block_size - starts[-1])] = -1  # has been counted in the window before
         count = (y >= 0).sum()
         with run.autocast():
-            _, loss = model(x.to(run.device), y.to(run.device))
+            _, loss = model(run.to_device(x), run.to_device(y))
         if count:
             total += torch.stack([loss.cpu().double() * count, count.double()])
     model.train()
@@ -641,12 +646,14 @@ def save_checkpoint(checkpoint, path, previous=None):
         e = e if isinstance(e, OSError) else e.__context__
         if not isinstance(e, OSError):
             raise
-        size = sum(t.numel() * t.element_size() for t in tensors_in(checkpoint))
-        free = shutil.disk_usage(folder).free
         if os.path.exists(temporary):
             os.remove(temporary)
-        fail(f'cannot write {path} ({e.strerror}): it takes {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; '
-             'the checkpoint before it is as it was', code=1)
+        cannot_write(path, e, f', {megabytes(checkpoint)} are needed; the checkpoint before it is as it was')
+
+
+def megabytes(x):
+    """The size of all tensors in x, any nesting of dicts and lists, in words."""
+    return f'{sum(t.nbytes for t in tree_leaves(x) if isinstance(t, torch.Tensor)) / 1e6:.1f} MB'
 
 
 def sync_folder(folder):
@@ -655,15 +662,6 @@ def sync_folder(folder):
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-def tensors_in(x):
-    """All tensors in nested dicts and lists."""
-    if isinstance(x, torch.Tensor):
-        return [x]
-    if isinstance(x, (dict, list, tuple)):
-        return [t for v in (x.values() if isinstance(x, dict) else x) for t in tensors_in(v)]
-    return []
 
 
 def read_checkpoint(path):
@@ -693,10 +691,12 @@ def read_checkpoint(path):
     needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict, 'iter_num': int}
     if 'val_loss' not in checkpoint:  # of model.pth; ckpt.pt has more
         needed |= {'optimizer': list, 'scaler': dict, 'best_val_loss': float, 'train_seconds': float, 'data': dict,
-                   'skipped': int}
+                   'position': int}
     for key, kind in needed.items():
         if not isinstance(checkpoint.get(key), kind):
             raise ValueError(f'it has no {key}')
+    if not all(isinstance(v, torch.Tensor) for v in checkpoint['model'].values()):
+        raise ValueError('its weights are no tensors')
     shapes = {k: v.shape for k, v in checkpoint['model'].items()}
     if 'shards' in checkpoint:
         try:
@@ -761,7 +761,8 @@ def write_shards(out_dir, state, it, run):
         own = {f: file_crc(os.path.join(folder, f)) for f in os.listdir(folder)
                if f.startswith(f'__{run.rank}_') or run.is_main and f == '.metadata'}
     except (OSError, dcp.api.CheckpointException) as e:
-        fail(f'cannot write {folder} ({e}): the checkpoint before it is as it was', code=1)
+        e = e if isinstance(e, OSError) else OSError(str(e).splitlines()[0])
+        cannot_write(folder, e, f', {megabytes(state)} are needed; the checkpoint before it is as it was')
     sync_folder(folder)
     parts = [None] * run.world_size
     all_gather_object(parts, own)
@@ -811,14 +812,23 @@ def open_shards(path, checkpoint):
     return Reader(folder)
 
 
+def check_shards(path, checkpoint, rank=0, world_size=1):
+    """ValueError where one of the shards of the checkpoint at path is damaged; each rank looks at its part of them."""
+    folder = open_shards(path, checkpoint).path
+    for name, crc in sorted(checkpoint['shards']['crc'].items())[rank::world_size]:
+        if file_crc(os.path.join(folder, name)) != crc:
+            raise ValueError(f'{name} in {folder} is damaged')
+
+
 def read_shards(path, checkpoint, model, optimizers=(), run=None):
     """Fill model and optimizers from the shards of the checkpoint at path: each process its part, however many wrote them."""
     from torch.distributed import checkpoint as dcp
     reader = open_shards(path, checkpoint)
     rank, world_size = (run.rank, run.world_size) if run else (0, 1)
-    for name, crc in sorted(checkpoint['shards']['crc'].items())[rank::world_size]:
-        if file_crc(os.path.join(reader.path, name)) != crc:
-            fail(f'cannot use {path}: {name} in {reader.path} is damaged')
+    try:
+        check_shards(path, checkpoint, rank, world_size)
+    except ValueError as e:
+        fail(f'cannot use {path}: {e}; {instead_of(path)}')
     if run:
         run.barrier()  # not before all have found their part sound
     with warnings.catch_warnings():
@@ -827,16 +837,15 @@ def read_shards(path, checkpoint, model, optimizers=(), run=None):
 
 
 def remove_shards(out_dir):
-    """Remove the shards in out_dir that no checkpoint there belongs to."""
-    used = set()
-    for name in os.listdir(out_dir):
+    """Remove the shards in out_dir that no checkpoint there belongs to: of a save that was cut off, or of an older step."""
+    shards = {f for f in os.listdir(out_dir) if re.fullmatch(r'shards-\d+-\d+', f)}
+    for name in os.listdir(out_dir) if shards else ():
         if name.endswith(('.pt', '.pth')):
             if (checkpoint := peek(os.path.join(out_dir, name))) is None:
                 return  # unreadable: what it belongs to must stay
-            used.add(f'shards-{checkpoint.get("shards", {}).get("id")}')
-    for name in os.listdir(out_dir):
-        if re.fullmatch(r'shards-\d+-\d+', name) and name not in used:
-            shutil.rmtree(os.path.join(out_dir, name))
+            shards.discard(f'shards-{checkpoint.get("shards", {}).get("id")}')
+    for name in shards:
+        shutil.rmtree(os.path.join(out_dir, name))
 
 
 def adopt_nanogpt(checkpoint, path):
@@ -855,8 +864,8 @@ def adopt_nanogpt(checkpoint, path):
         raise ValueError('it is a checkpoint neither of quill nor of nanoGPT')
     except OSError:
         raise ValueError(f'it is nanoGPT\'s and holds no tokenizer: prepare data/{os.path.basename(name)} first')
-    checkpoint.update(optimizer=[], scaler={}, train_seconds=0.0, data={}, skipped=0)
-    if int(os.environ.get('RANK', 0)) == 0:
+    checkpoint.update(optimizer=[], scaler={}, train_seconds=0.0, data={}, position=0)
+    if torchrun('RANK', 0) == 0:
         print(f'note: {path} is nanoGPT\'s: its weights and settings are used; it lacks the identity of its data, and its '
               'optimizer starts anew')
 
@@ -865,19 +874,27 @@ def load_checkpoint(path):
     """Return read_checkpoint(path), or fail: with what is wrong, and the checkpoint to use instead."""
     folder, name = os.path.split(path)
     if not os.path.exists(path):
-        fail(f'no {name} in {folder or "."}: train first, or give another --out_dir')
+        fail(f'no {name} in {folder or "."}: {instead_of(path)}')
     try:
         return read_checkpoint(path)
     except ValueError as e:
-        hint = 'train anew, or give another --out_dir'
-        if name == 'model.pth':
-            hint = 'use --weights=last'
-        elif name == 'ckpt.pt' and os.path.exists(previous := os.path.join(folder, 'ckpt_prev.pt')):
-            try:
-                hint = f'ckpt_prev.pt is good (step {read_checkpoint(previous)["iter_num"]}), use --ckpt=ckpt_prev.pt'
-            except ValueError:
-                hint = 'ckpt_prev.pt is no good either'
-        fail(f'cannot use {path}: {e}; {hint}')
+        fail(f'cannot use {path}: {e}; {instead_of(path)}')
+
+
+def instead_of(path):
+    """Return, as the end of an error, what to do where the checkpoint at path is missing or damaged."""
+    folder, name = os.path.split(path)
+    if name == 'model.pth' and os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        return 'use --weights=last'
+    if name == 'ckpt.pt' and os.path.exists(previous := os.path.join(folder, 'ckpt_prev.pt')):
+        try:
+            checkpoint = read_checkpoint(previous)
+            if 'shards' in checkpoint:
+                check_shards(previous, checkpoint)
+            return f'ckpt_prev.pt is good (step {checkpoint["iter_num"]}), use --ckpt=ckpt_prev.pt'
+        except ValueError:
+            return 'ckpt_prev.pt is no good either'
+    return 'train first, or give another --out_dir'
 
 
 def claim(out_dir):
@@ -900,9 +917,12 @@ def claim(out_dir):
         fail(f'--out_dir={out_dir} is in use by process {lock.read().strip()}: give another --out_dir, or end that one')
     except OSError as e:
         print(f'note: {out_dir} cannot be locked ({e.strerror}): see to it that no second run uses it', flush=True)
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+    except OSError as e:
+        cannot_write(lock.name, e)
     return lock
 
 
@@ -915,8 +935,9 @@ def check_space(out_dir, model, sharded, resumed):
     # AdamW keeps two numbers for each parameter
     need = 4 * 3 * n if sharded else 3 * 3 * n + 2 * n
     if resumed:
-        need -= sum(os.path.getsize(os.path.join(folder, f)) for folder, _, files in os.walk(out_dir) for f in files
-                    if f in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth') or os.path.basename(folder).startswith('shards-'))
+        own = [*(os.path.join(out_dir, f) for f in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')),
+               *glob.glob(os.path.join(glob.escape(out_dir), 'shards-*', '*'))]
+        need -= sum(os.path.getsize(path) for path in own if os.path.isfile(path))
     free = shutil.disk_usage(out_dir).free
     if need > free:
         fail(f'--out_dir={out_dir}: checkpoints will take {need / 1e6:.1f} MB more, {free / 1e6:.1f} MB are free', code=1)
@@ -942,12 +963,10 @@ def keep_old_run(out_dir, names, run):
 
 def remember_run(out_dir):
     """Make out_dir the last line of checkpoints.log beside this script, where sample.py looks."""
-    log, line = os.path.join(HERE, 'checkpoints.log'), os.path.abspath(out_dir)
+    log = os.path.join(HERE, 'checkpoints.log')
     try:
-        lines = open(log, encoding='utf-8').read().splitlines() if os.path.exists(log) else []
-        with open(f'{log}.{os.getpid()}.tmp', 'w', encoding='utf-8') as f:
-            f.write('\n'.join([other for other in lines if other != line] + [line]) + '\n')
-        os.replace(f'{log}.{os.getpid()}.tmp', log)
+        with open(log, 'a', encoding='utf-8') as f:
+            f.write(os.path.abspath(out_dir) + '\n')
     except OSError as e:
         print(f'note: {log} not written ({e.strerror}): sample.py will need --out_dir={out_dir}', flush=True)
 
@@ -991,39 +1010,43 @@ class Metrics:
     def __init__(self, config, iter_num):
         self.path = os.path.join(config['out_dir'], 'metrics.jsonl')
         rows = [row for row in read_metrics(self.path) if row['step'] <= iter_num] if iter_num else []
-        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(row) + '\n' for row in rows)  # a resumed run repeats what came after its checkpoint
-        os.replace(self.path + '.tmp', self.path)
-        self.file = open(self.path, 'a', encoding='utf-8')
-        self.wandb = self.writer = None
-        if config['wandb_log']:
-            self.wandb = optional_import('wandb', 'wandb_log')
-            self.wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config)
+        self.file, self.wandb, self.writer = None, config['wandb_log'], None
+        try:
+            with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+                f.writelines(json.dumps(row) + '\n' for row in rows)  # a resumed run repeats what came after its checkpoint
+            os.replace(self.path + '.tmp', self.path)
+            self.file = open(self.path, 'a', encoding='utf-8')
+        except OSError as e:
+            self.fail(e)
         if config['tensorboard']:
-            self.writer = optional_import('torch.utils.tensorboard', 'tensorboard').SummaryWriter(
-                os.path.join(config['out_dir'], 'tensorboard'), purge_step=iter_num + 1 if iter_num else None)
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(os.path.join(config['out_dir'], 'tensorboard'),
+                                        purge_step=iter_num + 1 if iter_num else None)
 
     def write(self, **row):
         try:
             self.file.write(json.dumps(row) + '\n')
             self.file.flush()
         except OSError as e:
-            free = shutil.disk_usage(os.path.dirname(self.path) or '.').free
-            fail(f'cannot write {self.path} ({e.strerror}): {free / 1e6:.1f} MB are free; the last checkpoint is as it was',
-                 code=1)
+            self.fail(e)
         if self.wandb:
-            self.wandb.log(row, step=row['step'])
+            import wandb
+            wandb.log(row, step=row['step'])
         if self.writer:
             for key, value in row.items():
                 if value is not None:
                     self.writer.add_scalar(key, value, row['step'])
 
+    def fail(self, e):
+        cannot_write(self.path, e, '; the last checkpoint is as it was')
 
-def optional_import(module, key):
+
+def start_wandb(config):
+    import wandb
     try:
-        return importlib.import_module(module)
-    except ImportError:
-        fail(f'{key}=True needs a package that is not installed: pip install {key.removesuffix("_log")}')
+        wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config)
+    except Exception as e:  # not logged in, say
+        fail(f'--wandb_log=True: {str(e).splitlines()[0]}')
 
 
 # -----------------------------------------------------------------------------
@@ -1032,9 +1055,13 @@ def main(config, checkpoint=None):
     """Train with these settings, which are this module's globals too, from a loaded checkpoint or from scratch."""
     for key, module in (('wandb_log', 'wandb'), ('tensorboard', 'torch.utils.tensorboard')):
         if config[key]:
-            optional_import(module, key)
-    run = setup(device, dtype, compile, backend, seed, deterministic, timeout_s,
-                max_iters, gradient_accumulation_steps)
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                fail(f'{key}=True needs a package that is not installed: pip install {key.removesuffix("_log")}')
+    # the hooks of fsdp and checkpoint() leave nothing of GPT.forward in one piece to compile
+    run = setup(device, dtype, False if parallel == 'fsdp' and compile == 'auto' else compile, backend, seed, deterministic,
+                timeout_s, max_iters, gradient_accumulation_steps)
     micro_batches, part, parts = divide(config, run)
     rows = batch_size // parts
 
@@ -1070,13 +1097,27 @@ def main(config, checkpoint=None):
     if checkpoint:
         problems += [f'data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}'
                      for k, v in checkpoint['data'].items() if data.get(k) != v]
+        if checkpoint['tokenizer'] != tokenizer.to_dict():
+            problems.append(f'data/{dataset} has another tokenizer than the checkpoint was trained with')
         if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):  # nanoGPT's has none
             problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
     if problems:
         fail(*problems)
+    if run.world_size > 1:
+        data_crc = zlib.crc32(json.dumps(data).encode()) % 2**16
+        facts = torch.tensor([checkpoint['iter_num'] if checkpoint else 0, data_crc], dtype=torch.float64, device=run.device)
+        total, squares = run.all_reduce(torch.stack([facts, facts**2]))
+        differ = total**2 != squares * run.world_size  # of the same number on all n ranks, both are n**2 * number**2
+        if differ[0]:
+            fail(f'{out_dir} holds step {int(facts[0])} for rank {run.rank}, another for others: is it on a disk that all see?')
+        if differ[1]:
+            fail(f'data/{dataset} has {data["tokens"]} tokens for rank {run.rank}, and not the same for others: prepare it '
+                 'alike on every node')
     config = config | {k: v for k, v in dataclasses.asdict(shape).items() if k in config}
     if run.is_main and not eval_only:
         lock = claim(out_dir)  # held until this process ends
+        if checkpoint and saved_step(os.path.join(out_dir, ckpt)) != checkpoint['iter_num']:
+            fail(f'another process has saved {os.path.join(out_dir, ckpt)} while this one started: start it again', code=1)
     if not pretrained:
         model = GPT(shape)
     if checkpoint and 'shards' not in checkpoint:
@@ -1087,34 +1128,27 @@ def main(config, checkpoint=None):
     optimizers = make_optimizers(model, run, config)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
 
-    # skipped: updates' worth of data that --skip_batches has jumped over
-    iter_num, best_val_loss, train_seconds, skipped = 0, math.inf, 0.0, 0
+    # position: of the next sequence in the stream of training windows
+    iter_num, best_val_loss, train_seconds, position = 0, math.inf, 0.0, 0
+    sequences = gradient_accumulation_steps * batch_size  # in an update
     if checkpoint:
-        iter_num, best_val_loss, train_seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'train_seconds'))
-        skipped = checkpoint['skipped'] + skip_batches
+        iter_num, best_val_loss, train_seconds, position = (
+            checkpoint[k] for k in ('iter_num', 'best_val_loss', 'train_seconds', 'position'))
+        position += (skip_batches - checkpoint['config'].get('skip_batches', 0)) * sequences
         if 'shards' in checkpoint:
             read_shards(os.path.join(out_dir, ckpt), checkpoint, model, optimizers, run)
         else:
-            for opt, state in zip(optimizers, checkpoint['optimizer']):
-                load_optimizer(opt, state)
+            try:
+                list(map(load_optimizer, optimizers, checkpoint['optimizer']))  # a loop would leave a name for the last
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                fail(f'cannot use {os.path.join(out_dir, ckpt)}: the state of its optimizer does not fit ({e})')
         if checkpoint['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint['scaler'])
         changed = {k: (v, config[k]) for k, v in checkpoint['config'].items()
                    if k in config and k not in OF_THIS_PROCESS and config[k] != v}
         run.print(f'resumed {os.path.join(out_dir, ckpt)} at step {iter_num}'
-                  + ''.join(f', {k}={new} (was {old})' for k, (old, new) in changed.items())
-                  + (f', {skipped} batches skipped' if skipped else ''))
-        checkpoint = None  # frees its memory
-    if run.world_size > 1:
-        data_crc = zlib.crc32(json.dumps(data).encode()) % 2**16
-        facts = torch.tensor([iter_num, data_crc], dtype=torch.float64, device=run.device)
-        total, squares = run.all_reduce(torch.stack([facts, facts**2]))
-        differ = total**2 != squares * run.world_size  # of the same number on all n ranks, both are n**2 * number**2
-        if differ[0]:
-            fail(f'{out_dir} holds step {iter_num} for rank {run.rank}, another for others: is it on a disk that all see?')
-        if differ[1]:
-            fail(f'data/{dataset} has {data["tokens"]} tokens for rank {run.rank}, and not the same for others: prepare it '
-                 'alike on every node')
+                  + ''.join(f', {k}={new} (was {old})' for k, (old, new) in changed.items()))
+        checkpoint.clear()  # its memory is needed
     resumed_at = iter_num if init_from == 'resume' else -1
     last_iter = min(max_iters, iter_num + train_iters) if train_iters else max_iters
     if iter_num >= last_iter and resumed_at >= 0 and not eval_only:
@@ -1131,12 +1165,15 @@ def main(config, checkpoint=None):
     # files
     sharded = checkpoint_format == 'sharded'
     if run.is_main:
+        if wandb_log:
+            start_wandb(config)
+        remove_shards(out_dir)
         check_space(out_dir, model, sharded, init_from == 'resume')
         if init_from != 'resume':
             keep_old_run(out_dir, ['ckpt.pt', 'ckpt_prev.pt', 'model.pth', 'metrics.jsonl', 'loss.png'], run)
         else:  # what this run goes back behind
-            later = ['model.pth'] if saved_step(os.path.join(out_dir, 'model.pth')) > iter_num else []
-            keep_old_run(out_dir, later if ckpt == 'ckpt.pt' else ['ckpt.pt', *later], run)
+            keep_old_run(out_dir, [f for f in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth') if f != ckpt and (
+                f == 'ckpt.pt' or saved_step(os.path.join(out_dir, f)) > iter_num)], run)
         metrics = Metrics(config, iter_num)
         remember_run(out_dir)
 
@@ -1145,7 +1182,7 @@ def main(config, checkpoint=None):
 
     def on_signal(signum, frame):
         # torchrun passes on the Ctrl-C that the terminal has sent to all: that is not a second one
-        if signals and signum == signal.SIGINT and time.monotonic() - signals[0][1] > 1:
+        if signals and signum == signal.SIGINT and time.monotonic() - signals[0][1] > (run.world_size > 1):
             os._exit(130)
         signals.append((signum, time.monotonic()))
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -1153,7 +1190,6 @@ def main(config, checkpoint=None):
 
     step_model = compile_model(model, rows, run)
     peak = total_peak_flops(run, peak_tflops)
-    sequences = gradient_accumulation_steps * batch_size  # in an update
     run.print(LEGEND)
 
     shards = {}  # of the last step that wrote some
@@ -1170,9 +1206,14 @@ def main(config, checkpoint=None):
                             'tokenizer': tokenizer.to_dict(), **more}, run)
         if run.is_main:
             save_checkpoint(checkpoint, path, previous)
-            if sharded:
-                remove_shards(out_dir)
+            remove_shards(out_dir)
             run.print(f'saved {path} (step {it})')
+
+    def batches():
+        """Yield this rank's micro-batches of the present update."""
+        for micro in micro_batches:
+            x, y = train_tokens.train_batch(position + micro * batch_size + part * rows, rows, run, input_noise)
+            yield run.derive_seed('dropout', it, micro), run.to_device(x), run.to_device(y)
 
     # the clock runs in steps only: t0 is when it last started, since is the step it then had
     it, since, t0, stop, overflows = iter_num, iter_num, time.perf_counter(), False, 0
@@ -1195,12 +1236,12 @@ def main(config, checkpoint=None):
             if sample_tokens:  # on all ranks, which with fsdp hold the model together
                 text = sample_text(model, tokenizer, prompt, sample_tokens, run, it)
                 run.print(f'--- sample at step {it} ---\n{text}\n---')
-            if it and (best or always_save_checkpoint):
+            if (it or pretrained) and (best or always_save_checkpoint):
                 save('model.pth', val_loss=val_loss)
         if due and (it or it == last_iter) or stop:
             save('ckpt.pt', previous=os.path.join(out_dir, 'ckpt_prev.pt'),
                  optimizer=[{} if sharded else opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
-                 best_val_loss=best_val_loss, train_seconds=train_seconds, data=data, skipped=skipped)
+                 best_val_loss=best_val_loss, train_seconds=train_seconds, data=data, position=position)
         if due:
             if run.is_main:
                 plot_losses(out_dir)
@@ -1211,20 +1252,16 @@ def main(config, checkpoint=None):
             break
 
         # step
-        batches = []
-        for micro in micro_batches:
-            first = ((it + skipped) * gradient_accumulation_steps + micro) * batch_size + part * rows
-            x, y = train_tokens.train_batch(first, rows, run, input_noise)
-            batches.append((run.derive_seed('dropout', it, micro), x.to(run.device), y.to(run.device)))
         factor = lr_factor(it, config)
         logged = it == 0 or (it + 1) % log_interval == 0
         try:
-            loss, norm, dtf, dtb, stop = train_step(step_model, optimizers, scaler, run, batches, grad_clip, factor,
-                                                    stop=bool(signals), timed=logged)
+            loss, norm, dtf, dtb, stop = train_step(step_model, optimizers, scaler, run, batches(), len(micro_batches), grad_clip,
+                                                    factor, stop=signals, timed=logged)
         except NotFinite as e:
             fail(f'{e} at iteration {it}: stopped before the weights changed, the last checkpoint in {out_dir} is as '
                  'it was', code=1)
         it += 1
+        position += sequences
         if math.isfinite(norm):
             overflows = 0
         elif (overflows := overflows + 1) == MAX_OVERFLOWS:
@@ -1275,7 +1312,7 @@ if __name__ == '__main__':
             fail(f'out of memory, halve batch_size and double gradient_accumulation_steps: {str(e).splitlines()[0]}', code=1)
     except SystemExit as e:
         code = e.code
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if torchrun('WORLD_SIZE', 1) > 1:
         # in one of some eighty processes that have left gloo, torch 2.13 aborts while Python ends ("terminate called without an
         # active exception"), after all is done; so leave without Python's own clean-up, but for what was asked to run at exit
         atexit._run_exitfuncs()

@@ -19,7 +19,7 @@ import zipfile
 
 import numpy as np
 
-from configurator import fail
+from configurator import cannot_write, fail
 
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
@@ -41,15 +41,17 @@ def sha256_file(path):
 
 def write_atomic(path, chunks):
     """Write an iterable of bytes to path, under a temporary name until it is whole and on the disk."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(temporary, 'wb') as f:
             for chunk in chunks:
                 f.write(chunk)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        cannot_write(path, e)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -110,20 +112,22 @@ def download_resumable(url, path, sha256=None):
 
     A file with another sha256 is removed.
     """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     part = f'{path}.part'
     start = os.path.getsize(part) if os.path.exists(part) else 0
-    with open(part, 'ab') as f:
-        try:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(part, 'ab') as f:
             for chunk in fetch(url, start=start):
                 f.write(chunk)
-        except DownloadError as e:
-            if 'HTTP status 416' not in str(e):  # nothing lies behind the last byte: it had arrived
-                if not f.tell():
-                    os.remove(part)
-                raise
-        f.flush()
-        os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
+    except DownloadError as e:
+        if 'HTTP status 416' not in str(e):  # nothing lies behind the last byte: it had arrived
+            if not os.path.getsize(part):
+                os.remove(part)
+            raise
+    except OSError as e:
+        cannot_write(part, e)
     with open(part, 'rb') as f:
         wrong = 'a web page instead of the file' if f.read(64).lstrip()[:1] == b'<' else \
             'another sha256 than expected' if sha256 and sha256_file(part) != sha256 else ''
@@ -390,6 +394,8 @@ def write_dataset(name, path, kind):
     meta = {'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size, 'dtype': np.dtype(dtype).name,
             'source': os.path.basename(path), 'sha256': sha256_file(path), 'tokens': {}, 'bytes': {}}
     print(f'{path}: {len(text):,} characters')
+    if os.path.exists(os.path.join(folder, 'meta.json')):
+        os.remove(os.path.join(folder, 'meta.json'))
     for split, part in (('train', text[:cut]), ('val', text[cut:])):
         ids = tokenizer.encode(part).astype(dtype)
         write_atomic(os.path.join(folder, f'{split}.bin'), [ids.tobytes()])

@@ -41,7 +41,7 @@ def test_the_baseline_and_the_fast_step_learn_alike(project, run):
             optimizers[0].param_groups[0].update(fused=False, foreach=False)
         tokens = Tokens(project / 'data/topics/train.bin', 32)
         scaler = torch.amp.GradScaler('cpu', enabled=False)
-        losses.append([train_step(model, optimizers, scaler, own_run, [(0, *tokens.train_batch(8 * i, 8, run))], 1.0, 1.0)[0]
+        losses.append([train_step(model, optimizers, scaler, own_run, [(0, *tokens.train_batch(8 * i, 8, run))], 1, 1.0, 1.0)[0]
                        for i in range(20)])
     assert losses[0][0] - min(losses[0]) > 1 and losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.002)

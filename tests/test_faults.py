@@ -2,6 +2,7 @@
 Faults on purpose: signals, kills, full disks, damaged files, hanging processes. The README's table of promises names
 these tests. `python -m pytest -m slow` runs the long versions.
 """
+import gc
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -47,7 +49,7 @@ def wait_for(process, pattern):
 
 
 def equal_runs(a, b):
-    return all(same_tensors(a[k], b[k]) for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss', 'skipped'))
+    return all(same_tensors(a[k], b[k]) for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss', 'position'))
 
 
 def load(out, name='ckpt.pt'):
@@ -151,7 +153,7 @@ def test_a_full_disk_ends_with_exit_code_1_and_the_old_checkpoint(project, train
     last = err.splitlines()[-1]
     assert process.returncode == 1 and 'Traceback' not in err
     assert re.match(rf'error: cannot write {out}/model.pth|error: cannot write {out}/ckpt.pt', last)
-    assert 'File too large' in last and re.search(r'takes [\d.]+ MB, [\d.]+ MB are free', last)
+    assert 'File too large' in last and re.search(r'[\d.]+ MB are free, [\d.]+ MB are needed', last)
     after = snapshot(out)
     assert all(after[f] == before[f] for f in before if f.endswith(('ckpt.pt', 'ckpt_prev.pt')))
     assert not [f for f in after if f.endswith('.tmp')] and load(out)['iter_num'] == 3
@@ -170,10 +172,46 @@ def test_space_and_permission_are_checked_before_training(project, train_run, tm
     assert e.value.code == 1 and '0.0 MB are free' in captured.err and 'step=' not in captured.out
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+@pytest.mark.parametrize('name', ['run.lock', 'metrics.jsonl.tmp'])
+def test_a_disk_that_is_full_from_the_start_is_one_line(train_run, tmp_path, capsys, name):
+    train_run(*FAST, '--train_iters=3')
+    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    if os.path.exists(tmp_path / 'out' / name):
+        os.remove(tmp_path / 'out' / name)
+    os.symlink('/dev/full', tmp_path / 'out' / name)
+    with pytest.raises(SystemExit) as e:
+        train_run('--init_from=resume')
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and re.search(rf'error: cannot write {tmp_path}/out/[a-z.]+ \(.*\): [\d.]+ MB are free', err)
+    assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
+
+
+def test_shards_of_a_save_that_was_cut_off_are_removed_at_the_start(train_run, tmp_path):
+    (tmp_path / 'out' / 'shards-3-1').mkdir(parents=True)
+    (tmp_path / 'out' / 'shards-mine').mkdir()
+    train_run(*FAST, '--max_iters=1')
+    assert [f for f in os.listdir(tmp_path / 'out') if f.startswith('shards')] == ['shards-mine']
+
+
+def test_a_wandb_that_does_not_start_changes_nothing(train_run, tmp_path, monkeypatch, capsys):
+    train_run(*FAST, '--max_iters=3')
+    before = snapshot(tmp_path / 'out')
+
+    def init(**_):
+        raise RuntimeError('api_key not configured\nmore')
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+    with pytest.raises(SystemExit) as e:
+        train_run(*FAST, '--wandb_log=True')
+    assert e.value.code == 2 and capsys.readouterr().err == 'error: --wandb_log=True: api_key not configured\n'
+    assert snapshot(tmp_path / 'out') == before
+
+
 def test_the_space_a_run_needs_counts_what_it_resumes_from_alone(tmp_path, monkeypatch, capsys):
     model = torch.nn.Linear(1000, 1, bias=False)  # 4,000 bytes
-    (tmp_path / 'shards-1-1').mkdir()
-    for name in ('ckpt.pt', 'shards-1-1/__0_0.distcp', 'ckpt-1-2.pt'):
+    for folder in ('shards-1-1', 'another-run'):
+        (tmp_path / folder).mkdir()
+    for name in ('ckpt.pt', 'shards-1-1/__0_0.distcp', 'ckpt-1-2.pt', 'another-run/ckpt.pt'):
         (tmp_path / name).write_bytes(bytes(5000))
     for sharded, resumed, need in ((False, False, 44_000), (False, True, 34_000), (True, False, 48_000), (True, True, 38_000)):
         for free in (need - 1, need):
@@ -198,13 +236,40 @@ def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run
     assert equal_runs(train_run('--init_from=resume'), whole)
 
 
+@pytest.mark.parametrize('moment', ['save_checkpoint', 'compile_model'])
+def test_sigterm_during_a_save_or_the_compilation_loses_nothing(train_run, tmp_path, monkeypatch, moment):
+    whole = train_run(*FAST, out=tmp_path / 'whole')
+    real, sent = getattr(train, moment), []
+
+    def interrupted(*arguments):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return real(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, moment, interrupted)
+        with pytest.raises(SystemExit, match='143'):
+            train_run(*FAST)
+    gc.collect()  # what holds the lock
+    assert load(tmp_path / 'out')['iter_num'] == {'save_checkpoint': 4, 'compile_model': 1}[moment]
+    assert equal_runs(train_run('--init_from=resume'), whole)
+
+
+def test_a_signal_within_a_step_ends_that_step(train_run, tmp_path, monkeypatch):
+    real = train.Tokens.train_batch
+    monkeypatch.setattr(train.Tokens, 'train_batch', lambda self, first, *a: (
+        os.kill(os.getpid(), signal.SIGTERM) if first == 8 else None, real(self, first, *a))[1])
+    with pytest.raises(SystemExit):
+        train_run(*FAST)
+    assert load(tmp_path / 'out')['iter_num'] == 3
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(project, tmp_path):
     out = tmp_path / 'out'
     process = start(project, *FAST, '--eval_iters=0', '--batch_size=1', '--eval_interval=2', '--max_iters=1000', f'--out_dir={out}')
     wait_for(process, '^step=4 loss')  # an evaluation of some seconds is next: the step after it is not yet to come
     process.send_signal(signal.SIGINT)
-    time.sleep(1.1)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=10)
     assert process.returncode == 130 and 'stopped by a signal' not in rest and train.read_checkpoint(str(out / 'ckpt.pt'))['iter_num'] >= 2
@@ -287,7 +352,7 @@ def test_a_bad_number_on_any_rank_stops_all_ranks_before_the_weights_change():
         optimizers = train.make_optimizers(model, run, configure(vars(train), []))
         x = torch.randint(10, (2, 8))
         with pytest.raises(train.NotFinite, match=words):
-            train.train_step(model, optimizers, torch.amp.GradScaler('cpu', enabled=False), run, [(0, x, x)], 1.0, 1.0)
+            train.train_step(model, optimizers, torch.amp.GradScaler('cpu', enabled=False), run, [(0, x, x)], 1, 1.0, 1.0)
         assert same_tensors(dict(model.state_dict()), before)
 
 
@@ -311,13 +376,14 @@ def test_a_bad_stretch_of_data_can_be_skipped_from_the_previous_checkpoint(train
     assert best['iter_num'] == 9
     resumed = train_run('--init_from=resume', '--ckpt=ckpt_prev.pt', '--skip_batches=5', '--train_iters=2')
     text = capsys.readouterr().out
-    assert 'resumed' in text and 'ckpt_prev.pt at step 6, 5 batches skipped' in text
+    assert 'resumed' in text and 'ckpt_prev.pt at step 6, ' in text and 'skip_batches=5 (was 0)' in text
     kept = [f for f in os.listdir(out) if re.fullmatch(r'ckpt-9-.*\.pt', f)]
     assert len(kept) == 1 and same_tensors(load(out, kept[0])['model'], last['model'])
     kept = [f for f in os.listdir(out) if re.fullmatch(r'model-9-.*\.pth', f)]  # which what comes now could have replaced
     assert len(kept) == 1 and load(out, kept[0])['val_loss'] == best['val_loss']
-    assert resumed['iter_num'] == 8 and resumed['skipped'] == 5 and load(out, 'ckpt_prev.pt')['iter_num'] == 6
-    assert train_run('--init_from=resume')['skipped'] == 5  # and stays so
+    assert resumed['iter_num'] == 8 and resumed['position'] == (8 + 5) * 4 and load(out, 'ckpt_prev.pt')['iter_num'] == 6
+    # and stays so, also where torchrun starts the same command again
+    assert train_run('--init_from=resume', '--skip_batches=5', '--train_iters=1')['position'] == (9 + 5) * 4
     # the batches are those of updates 11 and 12 of a run that skips nothing
     seen = []
     real = train.Tokens.train_batch
@@ -327,6 +393,60 @@ def test_a_bad_stretch_of_data_can_be_skipped_from_the_previous_checkpoint(train
     finally:
         train.Tokens.train_batch = original
     assert seen == [(9 + 5) * 4]
+
+
+def test_going_back_to_an_older_checkpoint_renames_all_that_is_newer(train_run, tmp_path):
+    out = tmp_path / 'out'
+    train_run(*FAST, '--train_iters=3')
+    shutil.copy(out / 'ckpt.pt', out / 'good.pt')
+    train_run('--init_from=resume')
+    assert load(out, 'ckpt_prev.pt')['iter_num'] == 9
+    train_run('--init_from=resume', '--ckpt=good.pt', '--train_iters=3')
+    train_run('--init_from=resume', '--train_iters=3')  # the second save would have replaced ckpt_prev.pt
+    assert [load(out, f)['iter_num'] for f in ('ckpt.pt', 'ckpt_prev.pt')] == [9, 6]
+    kept = [f for f in os.listdir(out) if re.fullmatch(r'ckpt(_prev)?-(9|12)-.*\.pt', f)]
+    assert sorted(load(out, f)['iter_num'] for f in kept) == [9, 12]
+
+
+def test_auto_does_not_start_anew_where_only_the_previous_checkpoint_is_left(train_run, tmp_path, capsys):
+    out = tmp_path / 'out'
+    train_run(*FAST, '--train_iters=6')
+    os.remove(out / 'ckpt.pt')
+    before = snapshot(out)
+    for way in ('auto', 'resume'):
+        with pytest.raises(SystemExit) as e:
+            train_run(f'--init_from={way}')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and 'no ckpt.pt in' in err and 'ckpt_prev.pt is good (step 3), use --ckpt=ckpt_prev.pt' in err
+    assert snapshot(out) == before
+    assert train_run(*FAST, '--init_from=auto', '--ckpt=ckpt_prev.pt')['iter_num'] == 12
+
+
+def test_a_checkpoint_that_another_process_replaces_meanwhile_is_not_gone_on_from(train_run, tmp_path, capsys):
+    out = tmp_path / 'out'
+    train_run(*FAST, '--train_iters=6')
+    config, checkpoint = train.settings([f'--out_dir={out}', '--init_from=resume'])
+    os.replace(out / 'ckpt_prev.pt', out / 'ckpt.pt')
+    with pytest.raises(SystemExit) as e:
+        train.main(config, checkpoint)
+    assert e.value.code == 1 and 'while this one started: start it again' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='reads /proc')
+def test_a_resumed_run_lets_go_of_the_file_it_came_from(train_run, tmp_path, monkeypatch):
+    train_run(*FAST, '--train_iters=3')
+    evaluate, held = train.evaluate, []
+    monkeypatch.setattr(train, 'evaluate', lambda *a: held.append('ckpt' in open('/proc/self/maps').read()) or evaluate(*a))
+    train_run('--init_from=resume', '--train_iters=3')
+    assert held == [False, False]
+
+
+def test_another_batch_size_on_resuming_neither_repeats_nor_skips_data(train_run, tmp_path, monkeypatch):
+    train_run(*FAST, '--train_iters=3')
+    seen, real = [], train.Tokens.train_batch
+    monkeypatch.setattr(train.Tokens, 'train_batch', lambda self, first, *a: seen.append(first) or real(self, first, *a))
+    train_run('--init_from=resume', '--batch_size=8', '--train_iters=2')
+    assert seen == [12, 20]  # behind 3 updates of 4
 
 
 # ---- files
@@ -520,13 +640,16 @@ def test_resume_refuses_other_data(train_run, project, tmp_path, capsys):
     folder = project / 'data' / 'other'
     shutil.copytree(project / 'data' / 'topics', folder)
     meta = json.load(open(folder / 'meta.json'))
-    json.dump(meta | {'sha256': 'f' * 64}, open(folder / 'meta.json', 'w'))
+    alphabet = meta['tokenizer']['chars']
     before = snapshot(tmp_path / 'out')
-    with pytest.raises(SystemExit) as e:
-        train_run('--init_from=resume', '--dataset=other')
+    for change, words in (({'sha256': 'f' * 64}, 'the checkpoint was trained with sha256'),
+                          ({'tokenizer': {'kind': 'char', 'chars': alphabet[:-1] + 'é'}}, 'another tokenizer than')):
+        json.dump(meta | change, open(folder / 'meta.json', 'w'))
+        with pytest.raises(SystemExit) as e:
+            train_run('--init_from=resume', '--dataset=other')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and snapshot(tmp_path / 'out') == before
     shutil.rmtree(folder)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and 'the checkpoint was trained with' in err and snapshot(tmp_path / 'out') == before
 
 
 def test_resume_refuses_another_optimizer_and_weights_alone(train_run, tmp_path, capsys):
@@ -542,7 +665,7 @@ def test_user_mistakes_change_nothing(project, train_run, tmp_path, monkeypatch,
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     before = snapshot(project)
     for arguments in (['--init_from=resume'], ['--device=cuda'], ['--batch_size=-1', '--top_k=3'], ['config/none.py'],
-                      ['--init_from=gpt3'], ['--skip_batches=3'], ['--min_lr=1'], ['--dtype=int4'], ['--parallel=tensor']):
+                      ['--init_from=gpt3'], ['--skip_batches=3'], [f'--seed={2**64}'], ['--backend=tcp'], ['--compile=maybe'], ['--min_lr=1'], ['--dtype=int4'], ['--parallel=tensor']):
         t0 = time.monotonic()
         with pytest.raises(SystemExit) as e:
             train_run(*arguments)
@@ -564,7 +687,7 @@ def test_ranks_with_different_data_are_refused(project, tmp_path, text):
     (tmp_path / 'two.py').write_text('import os\ndataset = ["topics", "others"][int(os.environ["RANK"])]\n')
     _, err = script(project, 'train.py', *[a for a in TINY if 'dataset' not in a], str(tmp_path / 'two.py'),
                     f'--out_dir={tmp_path / "out"}', nproc=2, code=1)
-    assert 'and not the same for others: prepare it alike' in err and not (tmp_path / 'out' / 'metrics.jsonl').exists()
+    assert 'and not the same for others: prepare it alike' in err and not (tmp_path / 'out').exists()
 
 
 def test_a_user_mistake_in_a_real_process_is_one_line(project, tmp_path):

@@ -76,7 +76,7 @@ def test_the_prompt_can_come_from_a_file_be_empty_or_be_too_long(trained, sample
 @pytest.mark.parametrize('arguments, words', [
     (['--start=Größe'], "'ß' 'ö'"), (['--start=FILE:nowhere'], 'nowhere: No such file'), (['--out_dir=nowhere'], 'no model.pth in'),
     (['--num_samples=0', '--top_p=2', '--temperature=nan'], 'top_p is above 0'), (['--weights=worst'], 'best or last'),
-    (['--quantize=int4'], 'int8 or nothing'), (['--quantize=int8', '--dtype=bfloat16'], 'without --dtype')])
+    (['--quantize=int4'], 'int8 or nothing'), (['--init_from=gpt5'], 'resume, gpt2, gpt2-medium'), (['--seed=-1'], 'at least 0'), (['--quantize=int8', '--dtype=bfloat16'], 'without --dtype')])
 def test_mistakes_end_with_one_line(project, trained, capsys, arguments, words):
     with pytest.raises(SystemExit) as e:
         config = configure(vars(sample), [f'--out_dir={trained}', *arguments])
@@ -86,6 +86,15 @@ def test_mistakes_end_with_one_line(project, trained, capsys, arguments, words):
         sample.main()
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.splitlines()[-1].startswith('error: ')
+
+
+def test_where_there_is_no_best_model_yet_the_error_says_to_take_the_last(train_run, tmp_path, sampled, capsys):
+    train_run('--max_iters=3')
+    os.remove(tmp_path / 'out' / 'model.pth')  # as after a signal before the first evaluation
+    with pytest.raises(SystemExit) as e:
+        sampled(f'--out_dir={tmp_path / "out"}')
+    assert e.value.code == 2 and 'no model.pth in' in (err := capsys.readouterr().err) and 'use --weights=last' in err
+    assert 'step 3' in sampled(f'--out_dir={tmp_path / "out"}', '--weights=last')
 
 
 def test_stop_ends_a_sample_before_its_text_also_while_streaming():

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def small_model(run, **more):
 
 def step(model, optimizers, run, batches, grad_clip=1.0, factor=1.0):
     scaler = torch.amp.GradScaler('cpu', enabled=False)
-    return train_step(model, optimizers, scaler, run, batches, grad_clip, factor)
+    return train_step(model, optimizers, scaler, run, batches, len(batches), grad_clip, factor)
 
 
 # ---- batches
@@ -294,7 +295,8 @@ def test_a_small_model_gets_far_below_the_unigram_entropy(train_run, tmp_path, t
     assert last['val_loss'] < entropy - 0.9, (last, entropy)
 
 
-@pytest.mark.parametrize('more', [[], ['--optimizer=muon', '--gradient_accumulation_steps=2', '--rotary=True']])
+@pytest.mark.parametrize('more', [[], ['--optimizer=muon', '--gradient_accumulation_steps=2', '--rotary=True'],
+                                  ['--dtype=bfloat16', '--optimizer=muon']])
 def test_resume_is_bit_identical(train_run, tmp_path, more):
     whole = train_run(*more, out=tmp_path / 'whole')
     for n in (5, 3, 2):  # 10 = 5 + 3 + 2, 3 and 8 not at an evaluation
@@ -306,6 +308,8 @@ def test_resume_is_bit_identical(train_run, tmp_path, more):
     assert [(r['step'], r['loss'], r['norm'], r['lr']) for r in a] == [(r['step'], r['loss'], r['norm'], r['lr']) for r in b]
     assert {r['step']: r['val_loss'] for r in a_eval}.items() <= {r['step']: r['val_loss'] for r in b_eval}.items()
     assert len({r['step'] for r in b_eval}) == len(b_eval)  # nothing twice
+    seconds = [r['train_seconds'] for r in b_eval]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]  # counted on
 
 
 def test_the_same_command_twice_gives_the_same_tensors_and_another_seed_others(train_run, tmp_path):
@@ -407,6 +411,27 @@ def test_the_arithmetic_of_the_metrics(train_run, tmp_path, capsys):
     assert re.fullmatch(r'step=3 loss=\S+ dt=\S+ dtf=\S+ dtb=\S+ sps=\S+ sps_per_gpu=\S+ tps=\S+ tps_per_gpu=\S+ mfu=\S+ '
                         r'lr=\S+ norm=\S+ eta=\d+:\d\d:\d\d', line)
     assert f'loss={logs[1]["loss"]:.6g} ' in line
+
+
+def test_the_seconds_of_steps_are_without_evaluation_sampling_and_saving(train_run, tmp_path, monkeypatch):
+    for name in ('evaluate', 'sample_text', 'save_checkpoint'):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *a, real=real: (time.sleep(0.5), real(*a))[1])
+    train_run('--eval_interval=2', '--log_interval=2', '--max_iters=6')
+    logs, evals = metrics(tmp_path / 'out')
+    assert max(r['dt'] for r in logs) < 0.25 and evals[-1]['train_seconds'] < 1.5
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(train_run, project, capsys):
+    folder = project / 'data' / 'twice'
+    shutil.copytree(project / 'data' / 'topics', folder)
+    meta = json.load(open(folder / 'meta.json'))
+    json.dump(meta | {'bytes': {k: 2 * n for k, n in meta['bytes'].items()}}, open(folder / 'meta.json', 'w'))
+    with pytest.raises(FileNotFoundError):
+        train_run('--eval_only=True', '--dataset=twice')
+    shutil.rmtree(folder)
+    for loss, bits in re.findall(r'_loss=(\S+) .*bits_per_byte=(\S+)', capsys.readouterr().out):
+        assert float(bits) == pytest.approx(float(loss) / math.log(2) / 2, abs=1e-3)
 
 
 def test_an_unknown_gpu_prints_mfu_na(train_run, monkeypatch, capsys):
@@ -679,7 +704,7 @@ def test_it_runs_from_another_directory(project, tmp_path):
     assert os.path.exists(tmp_path / 'here' / 'ckpt.pt') and os.listdir(tmp_path) == ['here']
     assert str(tmp_path / 'here') == (project / 'checkpoints.log').read_text().splitlines()[-1]
     script(project, 'train.py', *TINY, '--max_iters=2', '--out_dir=here', cwd=tmp_path)
-    assert (project / 'checkpoints.log').read_text().splitlines().count(str(tmp_path / 'here')) == 1
+    assert (project / 'checkpoints.log').read_text().splitlines()[-1] == str(tmp_path / 'here')
 
 
 def test_float16_trains_with_a_scaler_that_is_saved(train_run, tmp_path):

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # quill's folder
-from configurator import configure, fail
+from configurator import cannot_write, configure, fail
 from data.common import DATA_DIR, DownloadError, GPT2Tokenizer, fetch, hub_address, need_space, write_atomic
 
 shards = 1  # training shards, of 103
@@ -77,6 +77,8 @@ def main():
             counts = assemble(names[split], path)
         except DownloadError as e:
             fail(f'{e}: run this again to go on')
+        except OSError as e:
+            cannot_write(path, e, ': run this again to go on')
         tokens[split], sizes[split] = sum(counts), 0
         identity.update(repr((names[split], counts)).encode())
         with open(path, 'rb') as f:

@@ -9,15 +9,17 @@ each. An interrupted run goes on with the archive it was at.
 import hashlib
 import io
 import json
+import lzma
 import multiprocessing
 import os
+import signal
 import sys
 import tarfile
 
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # quill's folder
-from configurator import configure, fail
+from configurator import cannot_write, configure, fail
 from data.common import DATA_DIR, DownloadError, GPT2Tokenizer, download_resumable, hub_address, need_space, write_atomic
 
 subsets = 21  # archives, of 21
@@ -33,6 +35,8 @@ def is_val(text):
 
 def start_worker():
     global tokenizer
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the others
     tokenizer = GPT2Tokenizer()
 
 
@@ -78,6 +82,9 @@ def main():
             state = json.load(f)
     if state['done'] > subsets:
         fail(f'{progress}: {state["done"]} subsets are there already, remove it to start anew')
+    for path, size in zip(paths, state['sizes']):
+        if state['done'] < subsets and size > (os.path.getsize(path) if os.path.exists(path) else 0):
+            fail(f'{path} is shorter than {progress} says: remove {progress} to start anew')
     start_worker()  # downloads the tokenizer once, before the workers want it
     n = processes or os.cpu_count()
     with multiprocessing.get_context('spawn').Pool(n, start_worker) as pool:
@@ -99,13 +106,15 @@ def main():
                         for split, (ids, size) in enumerate(result):
                             files[split].write(ids.tobytes())
                             state['bytes'][split] += size
-            except (tarfile.TarError, EOFError, OSError) as e:
+                for f in files:
+                    f.flush()
+                    os.fsync(f.fileno())
+                    f.close()
+            except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
                 os.remove(tar)
                 fail(f'{tar} is damaged ({e}): removed, run this again to go on')
-            for f in files:
-                f.flush()
-                os.fsync(f.fileno())
-                f.close()
+            except OSError as e:
+                cannot_write(paths[0], e, ': run this again to go on')
             state['done'], state['sizes'] = i + 1, [os.path.getsize(path) for path in paths]
             write_atomic(progress, [json.dumps(state).encode()])
             os.remove(tar)
