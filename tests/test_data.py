@@ -1,10 +1,15 @@
 import codecs
+import errno
 import hashlib
 import http.server
 import io
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -12,11 +17,13 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 from configurator import configure
 from conftest import script
 from data import common
 from data.common import CharTokenizer, DownloadError, GPT2Tokenizer, download, fetch
+from model import GPT, GPTConfig
 
 BODY = bytes(range(256)) * 400
 GOOD = dict(size=len(BODY), sha256=hashlib.sha256(BODY).hexdigest())
@@ -382,3 +389,133 @@ def test_tokenizing_keeps_documents_apart_and_counts_bytes(bpe, monkeypatch):
     (train, train_bytes), (val, val_bytes) = prepare.tokenize(inner.getvalue())
     assert prepare.tokenizer.decode(train.tolist()) == 'train me<|endoftext|>' and train_bytes == 8
     assert prepare.tokenizer.decode(val.tolist()) == 'validate ü<|endoftext|>' and val_bytes == 11
+
+
+def test_an_openwebtext_part_that_is_gone_is_not_replaced_by_zeros(tmp_path, bpe, monkeypatch, capsys):
+    import data.openwebtext.prepare as prepare
+    folder = tmp_path / 'openwebtext'
+    folder.mkdir()
+    monkeypatch.setattr(prepare, 'DATA_DIR', str(tmp_path))
+    monkeypatch.setattr(prepare, 'need_space', lambda *_: None)
+    configure(vars(prepare), ['--subsets=2', '--processes=1'])
+    (folder / 'progress.json').write_text(json.dumps({'done': 1, 'sizes': [100, 0], 'bytes': [90, 0]}))
+    (folder / 'train.bin.part').write_bytes(bytes(99))
+    with pytest.raises(SystemExit) as e:
+        prepare.main()
+    assert e.value.code == 2 and 'train.bin.part is shorter than' in capsys.readouterr().err
+    assert os.path.getsize(folder / 'train.bin.part') == 99
+    # a full disk is not taken for a damaged archive
+    os.remove(folder / 'progress.json')
+    (folder / 'urlsf_subset00.tar').write_bytes(owt_subset([b'text']))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(prepare.os, 'fsync', full)
+    with pytest.raises(SystemExit) as e:
+        prepare.main()
+    assert e.value.code == 1 and 'cannot write' in capsys.readouterr().err and (folder / 'urlsf_subset00.tar').exists()
+
+
+# ---- disks and Ctrl-C
+
+def test_a_full_disk_while_preparing_is_one_line(server, tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(common.os, 'fsync', full)
+    for write in (lambda path: download(path, [lambda: fetch(f'{server}/ok', **GOOD)]),
+                  lambda path: common.download_resumable(f'{server}/ok', path)):
+        with pytest.raises(SystemExit) as e:
+            write(str(tmp_path / 'file'))
+        err = capsys.readouterr().err
+        assert e.value.code == 1 and re.fullmatch(r'error: cannot write \S+ \(No space left on device\): [\d.]+ MB are free\n', err)
+    assert os.listdir(tmp_path) == ['file.part']  # to go on from
+    with pytest.raises(SystemExit) as e:
+        common.need_space(str(tmp_path), 10**18)
+    assert e.value.code == 1 and 'this takes 1000000000.0 GB' in capsys.readouterr().err
+
+
+def test_while_a_dataset_is_replaced_it_has_no_meta_json(project, text, monkeypatch):
+    common.write_dataset('replaced', str(text), 'char')
+    folder = project / 'data' / 'replaced'
+
+    def killed(path, chunks):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common, 'write_atomic', killed)
+    with pytest.raises(KeyboardInterrupt):
+        common.write_dataset('replaced', str(text), 'char')
+    assert sorted(os.listdir(folder)) == ['train.bin', 'val.bin']
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs a named pipe')
+def test_ctrl_c_ends_a_prepare_script_without_a_traceback(project, tmp_path):
+    os.mkfifo(tmp_path / 'endless')
+    process = subprocess.Popen([sys.executable, str(project / 'data/text/prepare.py'), f'--input={tmp_path / "endless"}', '--name=x'],
+                               stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / 'endless', 'w'):  # once the script reads
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode in (-signal.SIGINT, 130) and err == '' and not (project / 'data' / 'x').exists()
+
+
+# ---- OpenAI's weights, from a local server
+
+def gpt2_like(folder):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=8))
+    os.makedirs(folder)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, 'DATA_DIR', str(tmp_path / 'data'))
+    monkeypatch.setenv('HF_ENDPOINT', hub)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    model = gpt2_like(tmp_path / 'made')
+    with pytest.raises(SystemExit) as e:
+        common.gpt2_folder('gpt2')
+    assert e.value.code == 2 and re.search(r'no weights of gpt2: .*HTTP status 404. Get \S+config.json .*save it as', capsys.readouterr().err)
+    base = '/openai-community/gpt2/resolve/main/'
+    Hub.files = {base + f: (tmp_path / 'made' / f).read_bytes() for f in ('config.json', 'model.safetensors')}
+    Hub.budget = 100  # the connection breaks
+    with pytest.raises(SystemExit):
+        common.gpt2_folder('gpt2')
+    folder = common.gpt2_folder('gpt2')
+    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2') and sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
+    back = GPT.from_pretrained(folder).state_dict()
+    assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
+    assert (base + 'config.json', 100) in Hub.requests  # from where it broke
+    Hub.requests.clear()
+    assert common.gpt2_folder('gpt2') == folder and not Hub.requests
+    cached = tmp_path / 'cache' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
+    shutil.copytree(folder, cached)
+    assert common.gpt2_folder('gpt2') == str(cached)
+
+
+def test_the_tokenizers_files_are_read_by_transformers(bpe, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    tokenizer = GPT2Tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = 'naïve ☕ Hello world,\n\n  1234'
+    assert theirs(text)['input_ids'] == tokenizer.encode(text).tolist() and theirs.eos_token_id == tokenizer.eot
+
+
+def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatch, capsys):
+    import bench
+    gpt2_like(tmp_path / 'model')
+    rows = [dict(ctx=f'A man number {i}', endings=['sits down', 'is on a bench', 'x', 'stands by the sea'], label=i % 4) for i in range(8)]
+    body = '\n'.join(map(json.dumps, rows)).encode()
+    Hub.files = {'/hellaswag_val.jsonl': body}
+    monkeypatch.setattr(bench, 'DATA_DIR', str(tmp_path))
+    monkeypatch.setattr(bench, 'HELLASWAG', dict(url=f'{hub}/hellaswag_val.jsonl', sha256=hashlib.sha256(body).hexdigest()))
+    configure(vars(bench), ['--task=hellaswag', f'--init_from={tmp_path / "model"}', '--dtype=float32', '--device=cpu'])
+    bench.run_hellaswag()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result['n'] == 8 and 0 <= result['acc'] <= 1 and result['acc'] * 8 == round(result['acc'] * 8)
+    os.remove(tmp_path / 'hellaswag' / 'hellaswag_val.jsonl')
+    monkeypatch.setitem(bench.HELLASWAG, 'sha256', '0' * 64)
+    with pytest.raises(SystemExit) as e:
+        bench.run_hellaswag()
+    assert e.value.code == 2 and 'no HellaSwag' in capsys.readouterr().err
