@@ -187,11 +187,13 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(train_run, tmp_path, cap
     assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
 
 
-def test_shards_of_a_save_that_was_cut_off_are_removed_at_the_start(train_run, tmp_path):
+def test_shards_of_a_save_that_was_cut_off_are_removed_before_space_is_counted(train_run, tmp_path, monkeypatch):
     (tmp_path / 'out' / 'shards-3-1').mkdir(parents=True)
     (tmp_path / 'out' / 'shards-mine').mkdir()
+    found = []
+    monkeypatch.setattr(train, 'check_space', lambda out_dir, *_: found.extend(f for f in os.listdir(out_dir) if 'shards' in f))
     train_run(*FAST, '--max_iters=1')
-    assert [f for f in os.listdir(tmp_path / 'out') if f.startswith('shards')] == ['shards-mine']
+    assert found == ['shards-mine']
 
 
 def test_a_wandb_that_does_not_start_changes_nothing(train_run, tmp_path, monkeypatch, capsys):
