@@ -25,16 +25,19 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - squared ReLU with a backward of its own (SquaredReLU in model.py): 5 ms instead of 12 at 16 x 256 x 1024 in float32; with that,
   rotary in bfloat16 and the shift by chunk() instead of slices, an update of the speedrun takes 172 ms with AMX instead of 199
 - torch.compile: 4.05 s instead of 3.96, but 2.4 GB instead of 3.0 (as one graph, with keep_memory, beside which torch 2.13 may
-  crash unless AOTAutograd's cache is off), for 40 s of compilation; 4 layers, 128 wide, 12 x 64: 35 ms instead of 23. With AMX, as
+  crash unless AOTAutograd's cache is off), for 40 s of compilation; 4 layers, 128 wide, 12 x 64: 27 ms instead of 21. With AMX, as
   many graphs, 1.84 s instead of 1.55, for the speedrun 166 ms instead of 172
 - with AMX (2-core Intel Xeon) the reference's update is 1.5 s: 0.5 s of matrix products (weight gradients at 1.4 TFLOP/s, the
   others at 3 to 3.9), 0.4 attention, 0.16 GELU, the rest passes over activations. A quarter of the batch at a time, to fit the
   caches: 1.65 s. (Before the residual stream in bfloat16, attention by products and the mask above)
 - one row times a matrix, which is what one sample consists of: float32 9 GB/s, bfloat16 8, float16 20, int8 17 (float32
   whole matrices are read at 46); attention with one query: 23 us in float32, 107 in bfloat16, 205 in float16. Hence
-  StoredLinear in model.py: half precision for the weights alone. Ten rows: bfloat16 3.2 ms, float32 6.8, float16 8.9
+  StoredLinear in model.py: half precision for the weights alone
+- the same for 40 matrices of 768 x 3,072: float32 32 ms, bfloat16 packed by oneDNN 9.4, float16 by FBGEMM 6.4 (by torch.mv 6.1, but
+  with two conversions more), int8 7.3; ten rows: 46, 10.8, 12.1, 22; 2,560 rows of one: 67, 30, 59. An empty product costs
+  oneDNN 14 us and FBGEMM 12, so 300 us a token of the 10.65M model; FBGEMM's older operators 2, but they are to be removed
 - the same with AMX, all matrices of GPT-2 124M, one row: float32 16 ms, bfloat16 10.7, packed by oneDNN 9.3, int8 7.2, float16
-  above 30; ten rows: 53, 17, 10.9, 29
+  by torch.mv above 30; ten rows: 53, 17, 10.9, 29
 - GELU of one row of 1,536: 10 us by oneDNN, 2 without it, which only a global switch turns off; no garbage collection: no gain
 - Zen 5, all matrices of GPT-2 124M, one row: float16 6 ms, bfloat16 packed 4.9, int8 4.4. One query's attention by products
   instead of torch's kernel: 27 us instead of 11

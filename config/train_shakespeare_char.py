@@ -1,7 +1,7 @@
 # The reference: a 10M-parameter character GPT (6 layers, 6 heads, 384 wide, context 256, as train.py's defaults say)
 #     python train.py config/train_shakespeare_char.py
-# 2-core AMD EPYC (Zen 5), bfloat16: val loss 1.4085 (train 1.028) on the whole val split after 1,500 updates, 66 minutes of
-# training; --max_iters=500 ends at 1.5315. An update took 2.6 s there and 1.7 s with AMX
+# 2-core AMD EPYC (Zen 5), bfloat16: val loss 1.4085 (train 1.028) on the whole val split after 1,500 updates of 2.6 s, 66 minutes;
+# on another (Zen 4) --max_iters=500 ends at 1.5315 after 36 minutes. With AMX an update took 1.7 s
 out_dir = 'out-shakespeare-char'
 eval_interval = 250  # it overfits, so evaluate often; model.pth keeps the best
 eval_iters = 7  # 7 x 64 windows of 256: all of the val split
