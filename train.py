@@ -891,7 +891,7 @@ def instead_of(path):
             checkpoint = read_checkpoint(previous)
             if 'shards' in checkpoint:
                 check_shards(previous, checkpoint)
-            return f'ckpt_prev.pt is good (step {checkpoint["iter_num"]}), use --ckpt=ckpt_prev.pt'
+            return f'ckpt_prev.pt is good (step {checkpoint["iter_num"]}): train.py takes it as --ckpt=ckpt_prev.pt'
         except ValueError:
             return 'ckpt_prev.pt is no good either'
     return 'train first, or give another --out_dir'

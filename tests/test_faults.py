@@ -419,7 +419,7 @@ def test_auto_does_not_start_anew_where_only_the_previous_checkpoint_is_left(tra
         with pytest.raises(SystemExit) as e:
             train_run(f'--init_from={way}')
         err = capsys.readouterr().err
-        assert e.value.code == 2 and 'no ckpt.pt in' in err and 'ckpt_prev.pt is good (step 3), use --ckpt=ckpt_prev.pt' in err
+        assert e.value.code == 2 and 'no ckpt.pt in' in err and 'ckpt_prev.pt is good (step 3): train.py takes it as --ckpt=ckpt_prev.pt' in err
     assert snapshot(out) == before
     assert train_run(*FAST, '--init_from=auto', '--ckpt=ckpt_prev.pt')['iter_num'] == 12
 
@@ -525,7 +525,7 @@ def test_a_bad_checkpoint_is_refused_and_the_previous_one_named(train_run, tmp_p
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.splitlines()[-1].startswith('error: ')
     if kind not in ('path', 'type'):
-        assert 'ckpt_prev.pt is good (step 3), use --ckpt=ckpt_prev.pt' in err
+        assert 'ckpt_prev.pt is good (step 3): train.py takes it as --ckpt=ckpt_prev.pt' in err
     assert snapshot(out) == before and not (tmp_path / 'executed').exists()
 
 
