@@ -98,7 +98,7 @@ deterministic = False  # the same bits in every run on a GPU as well, where some
 timeout_s = 1800  # a process that hears nothing from another for so long ends
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # auto (what the device is fastest in) | float32 | bfloat16 | float16
-compile = 'auto'  # torch.compile: auto (on cuda, without fsdp, in a run long enough to repay it) | True | False
+compile = 'auto'  # torch.compile: auto (on cuda, in a run long enough to repay it) | True | False
 backend = 'auto'  # of torch.distributed: auto | nccl | gloo
 parallel = 'ddp'  # ddp: every process holds the whole model | fsdp: a part, for models that fit no device alone
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more computation
@@ -405,8 +405,15 @@ def compile_model(model, rows, run):
         return model
     run.print('compiling ...')
     t0 = time.perf_counter()
-    # without the logits: as an output, compiled, they would be written, and get a gradient of zeros of their size
-    compiled = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
+    if is_sharded(next(model.parameters())):
+        # the hooks of fsdp and checkpoint() break a graph, and a whole model into none: so its blocks, and those in training only
+        compiled = model
+        for block in model.transformer.h:
+            block.forward = lambda *args, block=block, eager=block.forward, compiled=torch.compile(block.forward): (
+                compiled if block.training else eager)(*args)
+    else:
+        # without the logits: as an output, compiled, they would be written, and get a gradient of zeros of their size
+        compiled = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=run.device)
     with run.autocast():
         _, loss = compiled(idx, idx.clone())  # two tensors, as in training: else it would be compiled anew there
@@ -1059,9 +1066,8 @@ def main(config, checkpoint=None):
                 importlib.import_module(module)
             except ImportError:
                 fail(f'{key}=True needs a package that is not installed: pip install {key.removesuffix("_log")}')
-    # the hooks of fsdp and checkpoint() leave nothing of GPT.forward in one piece to compile
-    run = setup(device, dtype, False if parallel == 'fsdp' and compile == 'auto' else compile, backend, seed, deterministic,
-                timeout_s, max_iters, gradient_accumulation_steps)
+    run = setup(device, dtype, compile, backend, seed, deterministic, timeout_s,
+                max_iters, gradient_accumulation_steps)
     micro_batches, part, parts = divide(config, run)
     rows = batch_size // parts
 

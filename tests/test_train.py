@@ -591,6 +591,20 @@ def test_a_short_speedrun_learns_faster_than_the_defaults(train_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_compiled_sharded_model_is_compiled_block_by_block(project, train_run, tmp_path):
+    more = ['--gradient_accumulation_steps=2', '--max_iters=4', '--eval_interval=2', '--dropout=0.0', '--sample_tokens=20']
+    train_run(*more, out=tmp_path / 'eager')
+    for i, checkpointing in enumerate((False, True)):
+        out, err = script(project, 'train.py', *TINY, *more, '--parallel=fsdp', '--compile=True', f'--out_dir={tmp_path / str(i)}',
+                          f'--activation_checkpointing={checkpointing}', nproc=2, env={'TORCH_LOGS': 'graph_breaks,recompiles,output_code'})
+        for a, b in zip(metrics(tmp_path / 'eager'), metrics(tmp_path / str(i))):
+            key = 'loss' if 'loss' in a[0] else 'val_loss'
+            assert [r[key] for r in a] == pytest.approx([r[key] for r in b], abs=1e-3)
+        assert 'compiled in' in out and 'Graph break' not in err and 'Recompiling' not in err
+        assert re.search(r'# Source node to ATen node mapping|def call\(', err)  # something was
+
+
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_read_by_any_number_of_processes(project, train_run, tmp_path, capsys):
     import sample
     from train import load_checkpoint, read_checkpoint
