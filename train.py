@@ -157,7 +157,8 @@ def settings(argv=None):
     """Return the dict of settings from the command line, and the checkpoint to resume from, or None."""
     config, checkpoint = configure(globals(), argv), None
     path = os.path.join(out_dir, ckpt)
-    if init_from == 'resume' or init_from == 'auto' and any(os.path.exists(os.path.join(out_dir, f)) for f in (ckpt, 'ckpt_prev.pt')):
+    if init_from == 'resume' or init_from == 'auto' and any(
+            os.path.exists(os.path.join(out_dir, f)) for f in (ckpt, 'ckpt_prev.pt')):
         checkpoint = load_checkpoint(path)
         if 'optimizer' not in checkpoint:
             fail(f'{path} holds weights to sample from: resume from ckpt.pt or ckpt_prev.pt')
