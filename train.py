@@ -8,6 +8,7 @@ Train a GPT, in one process or many.
 --help lists the settings below. Afterwards: python sample.py --start="What is an LLM?"
 """
 import atexit
+import contextlib
 import dataclasses
 import glob
 import importlib
@@ -132,8 +133,9 @@ def check_settings(c):
     }
     for rule, (holds, keys) in ranges.items():
         problems += [f'{k}={c[k]}: {k} is {rule}' for k in keys.split() if not (holds(c[k]) and math.isfinite(c[k]))]
-    choices = {'parallel': 'ddp fsdp', 'checkpoint_format': 'full sharded', 'optimizer': 'adamw muon', 'lr_schedule': 'cosine linear',
-               'dtype': 'auto float32 bfloat16 float16', 'compile': 'auto True False', 'backend': 'auto nccl gloo'}
+    choices = {'parallel': 'ddp fsdp', 'checkpoint_format': 'full sharded', 'optimizer': 'adamw muon',
+               'lr_schedule': 'cosine linear', 'dtype': 'auto float32 bfloat16 float16', 'compile': 'auto True False',
+               'backend': 'auto nccl gloo'}
     problems += [f'{k}={c[k]}: {k} is one of {", ".join(v.split())}' for k, v in choices.items()
                  if str(c[k]) not in v.split()]
     try:
@@ -696,6 +698,10 @@ def read_checkpoint(path):
         raise ValueError(f'its format {checkpoint["format"]} is newer than what this quill reads ({CHECKPOINT_FORMAT})')
     if 'format' not in checkpoint:
         adopt_nanogpt(checkpoint, path)
+    if 'skipped' in checkpoint and isinstance(c := checkpoint.get('config'), dict):  # an earlier quill counted in updates
+        with contextlib.suppress(KeyError, TypeError):
+            updates = checkpoint['iter_num'] + checkpoint['skipped']
+            checkpoint['position'] = updates * c['gradient_accumulation_steps'] * c['batch_size']
     needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict, 'iter_num': int}
     if 'val_loss' not in checkpoint:  # of model.pth; ckpt.pt has more
         needed |= {'optimizer': list, 'scaler': dict, 'best_val_loss': float, 'train_seconds': float, 'data': dict,

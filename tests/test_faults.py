@@ -445,6 +445,18 @@ def test_a_resumed_run_lets_go_of_the_file_it_came_from(train_run, tmp_path, mon
     assert held == [False, False]
 
 
+def test_a_checkpoint_that_counts_skipped_updates_goes_on_at_the_same_place(train_run, tmp_path):
+    path = tmp_path / 'out' / 'ckpt.pt'
+    whole = train_run(*FAST, out=tmp_path / 'whole')
+    checkpoint = train_run(*FAST, '--train_iters=6')
+    assert checkpoint.pop('position') == 24
+    torch.save(checkpoint | {'skipped': 0}, path)
+    assert equal_runs(train_run('--init_from=resume'), whole)
+    torch.save(checkpoint | {'skipped': 'x'}, path)
+    with pytest.raises(ValueError, match='no position'):
+        train.read_checkpoint(str(path))
+
+
 def test_another_batch_size_on_resuming_neither_repeats_nor_skips_data(train_run, tmp_path, monkeypatch):
     train_run(*FAST, '--train_iters=3')
     seen, real = [], train.Tokens.train_batch
@@ -505,6 +517,9 @@ def damaged(path, kind, tmp_path):
     elif kind == 'huge':
         torch.save(checkpoint | {'model_args': checkpoint['model_args'] | {'n_layer': 10**9}}, path)
         return 'do not fit'
+    elif kind == 'no tensors':
+        torch.save(checkpoint | {'model': {name: 1 for name in checkpoint['model']}}, path)
+        return 'no tensors'
     elif kind == 'path':
         torch.save(checkpoint | {'config': checkpoint['config'] | {'dataset': '../../etc'}}, path)
         return 'dataset is the name of a folder in data/'
@@ -515,7 +530,7 @@ def damaged(path, kind, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'empty', 'text', 'directory', 'flipped', 'pickle', 'plain pickle', 'list', 'newer',
-                                  'no optimizer', 'no format', 'shape', 'huge', 'path', 'type'])
+                                  'no optimizer', 'no format', 'shape', 'huge', 'no tensors', 'path', 'type'])
 def test_a_bad_checkpoint_is_refused_and_the_previous_one_named(train_run, tmp_path, capsys, kind):
     out = tmp_path / 'out'
     train_run(*FAST, '--max_iters=6')
@@ -549,6 +564,15 @@ def flips(out, n, seed):
             train.read_checkpoint(path)
     open(path, 'wb').write(body)
     train.read_checkpoint(path)
+
+
+def test_an_optimizer_state_of_another_shape_is_refused(train_run, tmp_path, capsys):
+    checkpoint = train_run(*FAST, '--max_iters=3')
+    del checkpoint['optimizer'][0]['state']
+    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    with pytest.raises(SystemExit) as e:
+        train_run('--init_from=resume', '--max_iters=6')
+    assert e.value.code == 2 and 'the state of its optimizer does not fit' in capsys.readouterr().err
 
 
 def test_a_flipped_bit_in_a_tensor_is_found(train_run, tmp_path):
