@@ -47,6 +47,19 @@ def test_the_baseline_and_the_fast_step_learn_alike(project, run):
     assert losses[1] == pytest.approx(losses[0], rel=0.002)
 
 
+def test_an_explicit_dtype_is_the_one_that_is_sampled_in(run, monkeypatch):
+    import bench
+    from configurator import configure
+    from model import GPT, GPTConfig
+    taken, real = [], bench.place_for_generation
+    monkeypatch.setattr(bench, 'place_for_generation', lambda model, device, dtype, q: taken.append(dtype) or real(model, device, dtype, q))
+    for dtype in ('float32', 'bfloat16'):
+        configure(vars(bench), [f'--dtype={dtype}'])
+        bench.time_sampling(GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=1, n_embd=16)), 1, 4, run)
+    assert taken == [torch.float32, torch.bfloat16]
+    configure(vars(bench), [])
+
+
 def test_hellaswag_scores_equal_a_direct_computation(run):
     import bench
     from model import GPT, GPTConfig

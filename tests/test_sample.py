@@ -156,6 +156,16 @@ def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_pa
     assert e.value.code == 2 and 'such a folder holds no tokenizer' in capsys.readouterr().err
 
 
+def test_an_export_that_finds_no_space_leaves_nothing(trained, sampled, tmp_path, monkeypatch, capsys):
+    def full(model, folder):
+        open(os.path.join(folder, 'model.safetensors'), 'wb').write(b'half')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(sample.GPT, 'save_pretrained', full)
+    with pytest.raises(SystemExit) as e:
+        sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
+    assert e.value.code == 1 and 'No space left' in capsys.readouterr().err and not (tmp_path / 'hf').exists()
+
+
 def test_a_model_that_gpt2_cannot_express_is_not_exported(train_run, tmp_path, sampled, capsys):
     train_run('--max_iters=1', '--rotary=True')
     with pytest.raises(SystemExit) as e:

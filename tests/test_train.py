@@ -246,7 +246,7 @@ def test_the_schedule_by_hand():
     assert lr_factor(54, c | dict(lr_decay_iters=54)) == pytest.approx(0.1)
     linear = c | dict(lr_schedule='linear', max_iters=100)
     assert [lr_factor(it, linear) for it in (4, 50, 75, 100)] == pytest.approx([1, 1, 0.55, 0.1])
-    assert lr_factor(90, c | dict(decay_lr=False)) == 1
+    assert lr_factor(0, c | dict(decay_lr=False)) == lr_factor(90, c | dict(decay_lr=False)) == 1
 
 
 # ---- evaluation
@@ -755,6 +755,7 @@ def test_a_finetuned_gpt2_starts_from_its_weights(train_run, tmp_path, capsys):
     reference = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'hf').state_dict()
     assert torch.equal(saved['model']['transformer.wte.weight'], reference['transformer.wte.weight'])
     assert torch.equal(saved['model']['transformer.wpe.weight'], reference['transformer.wpe.weight'][:32])
+    assert torch.load(tmp_path / 'ft' / 'model.pth')['iter_num'] == 0  # it may never get better
     assert saved['model_args']['activation'] == 'gelu_tanh' and saved['config']['n_embd'] == 16
     with pytest.raises(SystemExit):
         train.main(configure(vars(train), handlers + ['--n_layer=5']))
