@@ -205,8 +205,10 @@ def open_dataset(name, block_size, run):
             meta = json.load(f)
         if tokenizer_size(meta['tokenizer']) != meta['vocab_size'] or meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError('vocab_size or dtype is wrong')
-        counts, _, _ = *[(meta[k]['train'], meta[k]['val']) for k in ('tokens', 'bytes')], meta['sha256']
-    except (ValueError, KeyError, TypeError) as e:
+        counts, sizes, _ = *[(meta[k]['train'], meta[k]['val']) for k in ('tokens', 'bytes')], meta['sha256']
+        if not all(type(n) is int and n >= 0 for n in (*counts, *sizes)):
+            raise ValueError('tokens and bytes are numbers')
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f'{files[2]} is damaged ({type(e).__name__}: {e}): run python {script}')
     splits = [Tokens(path, block_size, meta['dtype'], meta['vocab_size']) for path in files[:2]]
     for tokens, count in zip(splits, counts):

@@ -611,6 +611,7 @@ def test_a_checkpoint_of_nanogpt_loads_for_resume_and_sampling(train_run, projec
     ('missing', 'no val.bin in data/broken'), ('empty', '0 tokens are fewer'), ('odd', 'no whole number'),
     ('short', 'fewer than block_size + 1 = 33'), ('cut', 'instead of'), ('ids', 'outside the vocabulary of 92'),
     ('no meta', 'no meta.json'), ('bad meta', 'meta.json is damaged'), ('half meta', 'meta.json is damaged'),
+    ('text for a tokenizer', 'meta.json is damaged'), ('text for a count', 'meta.json is damaged'),
     ('outside', 'dataset is the name of a folder in data/')])
 def test_bad_data_is_an_error_before_the_model_is_built(project, train_run, tmp_path, capsys, kind, words, monkeypatch):
     folder = project / 'data' / 'broken'
@@ -638,6 +639,10 @@ def test_bad_data_is_an_error_before_the_model_is_built(project, train_run, tmp_
         elif kind == 'half meta':
             meta = json.load(open(folder / 'meta.json'))
             del meta['dtype']
+            json.dump(meta, open(folder / 'meta.json', 'w'))
+        elif kind.startswith('text for'):
+            meta = json.load(open(folder / 'meta.json'))
+            meta |= {'tokenizer': 'char'} if 'tokenizer' in kind else {'tokens': {'train': '9', 'val': '9'}}
             json.dump(meta, open(folder / 'meta.json', 'w'))
         before = snapshot(project / 'data')
         t0 = time.monotonic()
