@@ -289,8 +289,7 @@ def training(model, config, vocab_size, tokens, run):
             print(profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=12))
             print('wrote trace.json: open it at https://ui.perfetto.dev')
     return dict(steps=bench_steps, **times, tps=tps, mfu=peak and 100 * model.flops_per_token() * tps / peak,
-                peak_tflops=peak and peak / 1e12,
-                peak_memory_mb=peak_memory(run) / 1e6, startup_seconds=startup_seconds,
+                peak_tflops=peak and peak / 1e12, peak_memory_mb=peak_memory(run) / 1e6, startup_seconds=startup_seconds,
                 compile_seconds=compile_seconds, first_step_seconds=first_step_seconds)
 
 

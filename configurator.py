@@ -49,11 +49,12 @@ def fail(*problems, code=2):
 
 
 def cannot_write(path, e, more=''):
-    """fail, as the machine's fault, with the OSError e that came of writing path, and the space that is left there."""
+    """fail, as the machine's fault, with the exception e that came of writing path, and the space that is left there."""
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    fail(f'cannot write {path} ({e.strerror or e}): {shutil.disk_usage(folder).free / 1e6:.1f} MB are free{more}', code=1)
+    reason = getattr(e, 'strerror', None) or str(e).partition('\n')[0]
+    fail(f'cannot write {path} ({reason}): {shutil.disk_usage(folder).free / 1e6:.1f} MB are free{more}', code=1)
 
 
 def excepthook(kind, value, trace):
@@ -375,7 +376,8 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     many under torchrun.
     """
     rank, local_rank, world_size, local_world_size = (
-        torchrun(*of) for of in [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)])
+        torchrun(name, default) for name, default in
+        [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)])
     device = pick_device(device)
     kind = device.split(':')[0]
 

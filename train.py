@@ -404,6 +404,12 @@ def load_optimizer(opt, state):
         group.update(values)
 
 
+def compile_for_training(block):
+    """Replace block.forward by one that is compiled in training, and as it was in evaluation and sampling."""
+    eager, compiled = block.forward, torch.compile(block.forward)
+    block.forward = lambda *args: (compiled if block.training else eager)(*args)
+
+
 def compile_model(model, rows, run):
     """Return model, compiled if the run says so: now, on a batch thrown away, so that no step's time contains it."""
     if not run.compile:
@@ -411,11 +417,10 @@ def compile_model(model, rows, run):
     run.print('compiling ...')
     t0 = time.perf_counter()
     if is_sharded(next(model.parameters())):
-        # the hooks of fsdp and checkpoint() break a graph, and a whole model into none: so its blocks, and those in training only
+        # fsdp's hooks on each block, and checkpoint(), cannot be part of a graph: what lies between them can
         compiled = model
         for block in model.transformer.h:
-            block.forward = lambda *args, block=block, eager=block.forward, compiled=torch.compile(block.forward): (
-                compiled if block.training else eager)(*args)
+            compile_for_training(block)
     else:
         # without the logits: as an output, compiled, they would be written, and get a gradient of zeros of their size
         compiled = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
@@ -777,7 +782,6 @@ def write_shards(out_dir, state, it, run):
         own = {f: file_crc(os.path.join(folder, f)) for f in os.listdir(folder)
                if f.startswith(f'__{run.rank}_') or run.is_main and f == '.metadata'}
     except (OSError, dcp.api.CheckpointException) as e:
-        e = e if isinstance(e, OSError) else OSError(str(e).splitlines()[0])
         cannot_write(folder, e, f', {megabytes(state)} are needed; the checkpoint before it is as it was')
     sync_folder(folder)
     parts = [None] * run.world_size
@@ -829,20 +833,20 @@ def open_shards(path, checkpoint):
 
 
 def check_shards(path, checkpoint, rank=0, world_size=1):
-    """ValueError where one of the shards of the checkpoint at path is damaged; each rank looks at its part of them."""
-    folder = open_shards(path, checkpoint).path
+    """Return open_shards(path, checkpoint); ValueError where one of them is damaged. Each rank looks at its part of them."""
+    reader = open_shards(path, checkpoint)
     for name, crc in sorted(checkpoint['shards']['crc'].items())[rank::world_size]:
-        if file_crc(os.path.join(folder, name)) != crc:
-            raise ValueError(f'{name} in {folder} is damaged')
+        if file_crc(os.path.join(reader.path, name)) != crc:
+            raise ValueError(f'{name} in {reader.path} is damaged')
+    return reader
 
 
 def read_shards(path, checkpoint, model, optimizers=(), run=None):
     """Fill model and optimizers from the shards of the checkpoint at path: each process its part, however many wrote them."""
     from torch.distributed import checkpoint as dcp
-    reader = open_shards(path, checkpoint)
     rank, world_size = (run.rank, run.world_size) if run else (0, 1)
     try:
-        check_shards(path, checkpoint, rank, world_size)
+        reader = check_shards(path, checkpoint, rank, world_size)
     except ValueError as e:
         fail(f'cannot use {path}: {e}; {instead_of(path)}')
     if run:
@@ -979,10 +983,12 @@ def keep_old_run(out_dir, names, run):
 
 def remember_run(out_dir):
     """Make out_dir the last line of checkpoints.log beside this script, where sample.py looks."""
-    log = os.path.join(HERE, 'checkpoints.log')
+    log, line = os.path.join(HERE, 'checkpoints.log'), os.path.abspath(out_dir)
     try:
-        with open(log, 'a', encoding='utf-8') as f:
-            f.write(os.path.abspath(out_dir) + '\n')
+        lines = open(log, encoding='utf-8').read().splitlines() if os.path.exists(log) else []
+        with open(f'{log}.{os.getpid()}.tmp', 'w', encoding='utf-8') as f:
+            f.write('\n'.join([other for other in lines if other != line] + [line]) + '\n')
+        os.replace(f'{log}.{os.getpid()}.tmp', log)
     except OSError as e:
         print(f'note: {log} not written ({e.strerror}): sample.py will need --out_dir={out_dir}', flush=True)
 
@@ -1154,7 +1160,7 @@ def main(config, checkpoint=None):
             read_shards(os.path.join(out_dir, ckpt), checkpoint, model, optimizers, run)
         else:
             try:
-                list(map(load_optimizer, optimizers, checkpoint['optimizer']))  # a loop would leave a name for the last
+                list(map(load_optimizer, optimizers, checkpoint['optimizer']))  # the variable of a loop would keep the last
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 fail(f'cannot use {os.path.join(out_dir, ckpt)}: the state of its optimizer does not fit ({e})')
         if checkpoint['scaler'] and scaler.is_enabled():
@@ -1194,10 +1200,11 @@ def main(config, checkpoint=None):
 
     # the first signal ends the run after the present step, a second Ctrl-C at once
     signals = []
+    # torchrun passes on the Ctrl-C that the terminal has sent to all: within so many seconds that is not a second one
+    echo = 1 if run.world_size > 1 else 0
 
     def on_signal(signum, frame):
-        # torchrun passes on the Ctrl-C that the terminal has sent to all: that is not a second one
-        if signals and signum == signal.SIGINT and time.monotonic() - signals[0][1] > (run.world_size > 1):
+        if signals and signum == signal.SIGINT and time.monotonic() - signals[0][1] > echo:
             os._exit(130)
         signals.append((signum, time.monotonic()))
     for signum in (signal.SIGINT, signal.SIGTERM):

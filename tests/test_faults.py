@@ -698,7 +698,8 @@ def test_user_mistakes_change_nothing(project, train_run, tmp_path, monkeypatch,
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     before = snapshot(project)
     for arguments in (['--init_from=resume'], ['--device=cuda'], ['--batch_size=-1', '--top_k=3'], ['config/none.py'],
-                      ['--init_from=gpt3'], ['--skip_batches=3'], [f'--seed={2**64}'], ['--backend=tcp'], ['--compile=maybe'], ['--min_lr=1'], ['--dtype=int4'], ['--parallel=tensor']):
+                      ['--init_from=gpt3'], ['--skip_batches=3'], [f'--seed={2**64}'], ['--backend=tcp'],
+                      ['--compile=maybe'], ['--min_lr=1'], ['--dtype=int4'], ['--parallel=tensor']):
         t0 = time.monotonic()
         with pytest.raises(SystemExit) as e:
             train_run(*arguments)

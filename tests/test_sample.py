@@ -76,7 +76,8 @@ def test_the_prompt_can_come_from_a_file_be_empty_or_be_too_long(trained, sample
 @pytest.mark.parametrize('arguments, words', [
     (['--start=Größe'], "'ß' 'ö'"), (['--start=FILE:nowhere'], 'nowhere: No such file'), (['--out_dir=nowhere'], 'no model.pth in'),
     (['--num_samples=0', '--top_p=2', '--temperature=nan'], 'top_p is above 0'), (['--weights=worst'], 'best or last'),
-    (['--quantize=int4'], 'int8 or nothing'), (['--init_from=gpt5'], 'resume, gpt2, gpt2-medium'), (['--seed=-1'], 'at least 0'), (['--quantize=int8', '--dtype=bfloat16'], 'without --dtype')])
+    (['--quantize=int4'], 'int8 or nothing'), (['--init_from=gpt5'], 'resume, gpt2, gpt2-medium'), (['--seed=-1'], 'at least 0'),
+    (['--quantize=int8', '--dtype=bfloat16'], 'without --dtype')])
 def test_mistakes_end_with_one_line(project, trained, capsys, arguments, words):
     with pytest.raises(SystemExit) as e:
         config = configure(vars(sample), [f'--out_dir={trained}', *arguments])

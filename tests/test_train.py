@@ -538,13 +538,15 @@ def test_missing_shakespeare_is_prepared_and_said(project, train_run, monkeypatc
 
 @pytest.mark.slow
 def test_two_processes_equal_one(project, train_run, tmp_path):
-    for i, (more, near) in enumerate(((['--gradient_accumulation_steps=1'], 1e-4),
-                                      (['--gradient_accumulation_steps=2', '--max_iters=3'], 1e-4), (['--dtype=bfloat16'], 1e-3))):
+    # how near losses, and norms, are
+    for i, (more, near, norms) in enumerate(((['--gradient_accumulation_steps=1'], 1e-4, 1e-4),
+                                             (['--gradient_accumulation_steps=2', '--max_iters=3'], 1e-4, 1e-4),
+                                             (['--dtype=bfloat16'], 1e-3, 5e-3))):
         one = train_run(*more, out=tmp_path / f'one{i}')
         out, err = script(project, 'train.py', *TINY, *more, f'--out_dir={tmp_path / f"two{i}"}', nproc=2)
         a, b = metrics(tmp_path / f'one{i}'), metrics(tmp_path / f'two{i}')
         assert [r['loss'] for r in a[0]] == pytest.approx([r['loss'] for r in b[0]], abs=near)
-        assert [r['norm'] for r in a[0]] == pytest.approx([r['norm'] for r in b[0]], abs=5 * near)
+        assert [r['norm'] for r in a[0]] == pytest.approx([r['norm'] for r in b[0]], abs=norms)
         assert [r['val_loss'] for r in a[1]] == pytest.approx([r['val_loss'] for r in b[1]], abs=near)
         two = torch.load(tmp_path / f'two{i}' / 'ckpt.pt')
         assert max((one['model'][k] - two['model'][k]).abs().max().item() for k in one['model']) < 10 * near
@@ -731,7 +733,7 @@ def test_it_runs_from_another_directory(project, tmp_path):
     assert os.path.exists(tmp_path / 'here' / 'ckpt.pt') and os.listdir(tmp_path) == ['here']
     assert str(tmp_path / 'here') == (project / 'checkpoints.log').read_text().splitlines()[-1]
     script(project, 'train.py', *TINY, '--max_iters=2', '--out_dir=here', cwd=tmp_path)
-    assert (project / 'checkpoints.log').read_text().splitlines()[-1] == str(tmp_path / 'here')
+    assert (project / 'checkpoints.log').read_text().splitlines().count(str(tmp_path / 'here')) == 1
 
 
 def test_float16_trains_with_a_scaler_that_is_saved(train_run, tmp_path):
