@@ -44,7 +44,7 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - torch.multinomial over 50,257 probabilities: 1.3 ms; after topk(200), 0.2
 - a bare functional loop instead of modules decodes one sample 20 to 30 percent faster; in bfloat16 throughout, with GELU and the
   sums inside oneDNN's products, 30 to 45: left out, since it would be a second path through the model
-- start-up, 2.1 s: torch 1.0, torch._dynamo, which torch.optim imports, 0.8 (1.1 without gc.freeze, as setup in configurator.py has it)
+- start-up, 2.1 s: torch 1.0, torch._dynamo, which torch.optim imports, 0.8; without gc.freeze (in configurator.py) 1.1
 - inference_mode instead of no_grad, one fused cache for keys and values: nothing measurable
 """
 import time
@@ -274,11 +274,11 @@ def training(model, config, vocab_size, tokens, run):
     for it in range(bench_warmup):
         step(1 + it)
     seconds = [step(1 + bench_warmup + i)[0] for i in range(bench_steps)]
-    halves = [step(1 + bench_warmup + bench_steps + i, timed=True)[1:] for i in range(min(3, bench_steps))]  # of a step
+    parts = [step(1 + bench_warmup + bench_steps + i, timed=True)[1:] for i in range(min(3, bench_steps))]  # forward, backward
 
     peak = total_peak_flops(run, peak_tflops)
     times = {}
-    for key, column in zip(('dt', 'dtf', 'dtb'), (seconds, *zip(*halves))):
+    for key, column in zip(('dt', 'dtf', 'dtb'), (seconds, *zip(*parts))):
         times |= {key: statistics.median(column), f'{key}_min': min(column), f'{key}_max': max(column)}
     tps = gradient_accumulation_steps * batch_size * block_size / times['dt']
     if profile:
@@ -296,7 +296,7 @@ def training(model, config, vocab_size, tokens, run):
 
 def main(config):
     if baseline:
-        configurator.keep_memory = lambda: None
+        configurator.keep_memory = lambda: None  # malloc as it is
     run = setup(device, 'float32' if baseline else dtype, False if baseline else compile, backend, seed, deterministic,
                 timeout_s)
     tokens, vocab_size = None, 65 if dataset.endswith('_char') else 50257

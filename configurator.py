@@ -26,6 +26,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+gc.freeze()  # torch's objects stay until the end: to look for garbage among them, as imports go on, costs a start 0.3 s
+
 
 def torchrun(name, default):
     """Return the number that torchrun says in the environment variable `name`; default without it."""
@@ -76,27 +78,20 @@ def is_key(name, value):
 
 def convert(key, value, default):
     """Return `value` as the type of `default`; a str `value` is taken as text. ValueError says the rule."""
-    if isinstance(value, str) and type(default) is not str:  # from the command line, or quoted in a file
-        text = value
-        try:
-            value = BOOLS.get(text) if type(default) is bool else float(text)
-            if type(default) is int and re.fullmatch(r'[+-]?\d+', text):
-                value = int(text)  # not through float, which is exact only up to 2**53
-        except ValueError:
-            value = None
-        if value is None:
-            value = text
-    if type(default) is bool and type(value) is bool:
+    kind = type(default)
+    if isinstance(value, str):  # from the command line, or quoted in a file
+        if kind is bool or default == 'auto':
+            value = BOOLS.get(value, value)
+        elif kind is not str:
+            for parse in (kind, float):  # an int not through float, which is exact only up to 2**53
+                with contextlib.suppress(ValueError):
+                    value = parse(value)
+                    break
+    if kind is int and type(value) is float and value.is_integer() or kind is float and type(value) is int:
+        value = kind(value)
+    if type(value) is kind or default == 'auto' and type(value) is bool:
         return value
-    if type(default) is int and type(value) in (int, float) and value == value // 1:
-        return int(value)
-    if type(default) is float and type(value) in (int, float):
-        return float(value)
-    if type(default) is str and type(value) is str:
-        return BOOLS.get(value, value) if default == 'auto' else value
-    if default == 'auto' and type(value) is bool:
-        return value
-    rule = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}[type(default)]
+    rule = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}[kind]
     raise ValueError(f'{key}={value!r}: {key} is {rule}')
 
 
@@ -266,6 +261,14 @@ class Run:
                 fail(f'another process has ended, or has not answered within timeout_s: {str(e).splitlines()[0]}', code=1)
         return tensor
 
+    def gather(self, x):
+        """Return what each process gives as x, anything, in the order of their ranks."""
+        everyones = [x] * self.world_size
+        if self.world_size > 1:
+            self.barrier()  # one line, and no traceback, where another is gone
+            dist.all_gather_object(everyones, x)
+        return everyones
+
     def barrier(self):
         """Wait until all processes are here."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()  # .item() waits on a GPU too
@@ -376,9 +379,8 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     'auto' chooses for the machine; anything else is done, or refused with exit code 2. One process, or one of
     many under torchrun.
     """
-    rank, local_rank, world_size, local_world_size = (
-        torchrun(name, default) for name, default in
-        [('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)])
+    rank, local_rank = torchrun('RANK', 0), torchrun('LOCAL_RANK', 0)
+    world_size, local_world_size = torchrun('WORLD_SIZE', 1), torchrun('LOCAL_WORLD_SIZE', 1)
     device = pick_device(device)
     kind = device.split(':')[0]
 
@@ -392,8 +394,6 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
             device = f'cuda:{local_rank}'
         if backend == 'auto':
             backend = 'nccl' if kind == 'cuda' else 'gloo'
-        if backend not in ('nccl', 'gloo'):
-            fail(f'backend={backend}: backend is one of auto, nccl, gloo')
         if backend == 'nccl' and kind != 'cuda':
             fail('backend=nccl needs CUDA devices, use --backend=gloo')
     device = torch.device('cuda:0' if device == 'cuda' else device)
@@ -403,10 +403,9 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-    if kind == 'cpu' and local_world_size > 1 and os.environ.get('OMP_NUM_THREADS') == '1':
+    if kind == 'cpu' and local_world_size > 1 and os.environ.get('OMP_NUM_THREADS') == '1' and hasattr(os, 'sched_getaffinity'):
         # torchrun's own default is one thread a process; share all cores instead
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size)
-                              if hasattr(os, 'sched_getaffinity') else 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
     if dtype == 'auto':
         if kind == 'cuda':
@@ -433,7 +432,6 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
         dist.init_process_group(backend, store=fresh_store(rank, world_size, timeout), rank=rank, world_size=world_size,
                                 timeout=timeout, device_id=device if backend == 'nccl' else None)
     torch.manual_seed(seed)
-    gc.freeze()  # torch's objects stay until the end: to look for garbage among them, as imports go on, costs a start 0.3 s
     run = Run(device, getattr(torch, dtype), compile, rank, local_rank, world_size, seed)
     name = torch.cuda.get_device_name() if kind == 'cuda' else \
         f'{torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)}' if kind == 'cpu' else 'Apple GPU'

@@ -420,20 +420,16 @@ class GPT(nn.Module):
         would cast all of them for every token (on a CPU, see store_weights). The caller sets eval mode.
         """
         block_size = self.config.block_size
-        tokens = idx[:, -block_size:]
-        cache = None
+        new = tokens = idx[:, -block_size:]
+        cache = KVCache(min(block_size, tokens.size(1) + max_new_tokens))
         for _ in range(max_new_tokens):
-            if cache is None or cache.length == block_size:
-                if cache is None:
-                    cache = KVCache(min(block_size, tokens.size(1) + max_new_tokens))
-                else:
-                    tokens = tokens[:, -max(1, block_size // 2):]
-                    cache.length = 0
-                logits, _ = self(tokens, cache=cache)
-            else:
-                logits, _ = self(tokens[:, -1:], cache=cache)
+            if cache.length == block_size:
+                new = tokens = tokens[:, -max(1, block_size // 2):]
+                cache.length = 0
+            logits, _ = self(new, cache=cache)
             next_token = draw(logits[:, -1, :vocab_size].float(), temperature, top_k, top_p, generator)
-            tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+            new = next_token[:, None]
+            tokens = torch.cat([tokens, new], dim=1)
             yield next_token
 
 

@@ -131,12 +131,13 @@ def main():
     kind = pick_device(device).split(':')[0]
     if quantize and (kind != 'cpu' or dtype != 'auto'):
         fail(f'--quantize={quantize} is for --device=cpu, without --dtype')
-    run = setup(device, dtype if dtype != 'auto' else 'float32' if quantize else pick_dtype(kind, num_samples), False, 'auto', seed)
+    name = dtype if dtype != 'auto' else 'float32' if quantize else pick_dtype(kind, num_samples)
+    run = setup(device, name, compile=False, seed=seed)
     if init_from == 'resume':
         with SkipInit():
             model = GPT(GPTConfig(**checkpoint['model_args']))
         if 'shards' in checkpoint:
-            read_shards(path, checkpoint, model)
+            read_shards(path, checkpoint, model, (), run)
         else:
             model.load_state_dict(checkpoint['model'])
         tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])

@@ -39,8 +39,8 @@ from model import GPT, Dropout, GPTConfig, SkipInit
 
 # files
 out_dir = 'out'  # for checkpoints and metrics, relative to where you stand
-init_from = 'scratch'  # scratch | resume | auto: resume if there is what to | gpt2, -medium, -large, -xl | a folder
-ckpt = 'ckpt.pt'  # what in out_dir to resume from, with its settings where you give none; ckpt_prev.pt is one save older
+init_from = 'scratch'  # scratch | resume | auto: resume, where there is a checkpoint | gpt2, -medium, -large, -xl | a folder
+ckpt = 'ckpt.pt'  # the file in out_dir to resume from, its settings too unless you give others; ckpt_prev.pt is one save older
 # evaluation and logging
 eval_interval = 250  # updates between evaluations; each also samples, and saves ckpt.pt
 eval_iters = 200  # batches of each split in an evaluation, 0: the whole split
@@ -60,7 +60,7 @@ gradient_accumulation_steps = 1  # micro-batches in an update, over all processe
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
 input_noise = 0.0  # this part of the input tokens is replaced by random ones in training: regularizes at no cost in time
-skip_batches = 0  # updates' worth of data jumped over so far: raise it on resuming, to pass by a bad stretch
+skip_batches = 0  # updates whose data is jumped over, in all: raise it on resuming, to pass by a bad stretch
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -106,10 +106,9 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 peak_tflops = 0.0  # of one device, for mfu; 0: from a table, or measured
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_VERSION = 1
 MAX_OVERFLOWS = 30  # in a row: GradScaler has then halved its scale 30 times, for nothing
-# what a resumed process does not take from the checkpoint
-OF_THIS_PROCESS = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
+NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')  # settings not taken from a checkpoint
 LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
   dt       seconds per step                    dtf, dtb     of it in forward and backward
@@ -147,8 +146,7 @@ def check_settings(c):
     if c['checkpoint_format'] == 'sharded' and c['parallel'] != 'fsdp':
         problems.append('checkpoint_format=sharded is for --parallel=fsdp, whose processes hold the parts')
     if c['init_from'] not in ('scratch', 'resume', 'auto', *GPT2_NAMES) and not os.path.isdir(c['init_from']):
-        problems.append(f'init_from={c["init_from"]}: init_from is one of scratch, resume, auto, '
-                        f'{", ".join(GPT2_NAMES)}, '
+        problems.append(f'init_from={c["init_from"]}: init_from is one of scratch, resume, auto, {", ".join(GPT2_NAMES)}, '
                         'or a folder with config.json and model.safetensors')
     if c['decay_lr'] and c['min_lr'] > c['learning_rate']:
         problems.append(f'min_lr={c["min_lr"]} is above learning_rate={c["learning_rate"]}')
@@ -164,7 +162,7 @@ def settings(argv=None):
         checkpoint = load_checkpoint(path)
         if 'optimizer' not in checkpoint:
             fail(f'{path} holds weights to sample from: resume from ckpt.pt or ckpt_prev.pt')
-        saved = {k: v for k, v in checkpoint['config'].items() if k not in OF_THIS_PROCESS}
+        saved = {k: v for k, v in checkpoint['config'].items() if k not in NOT_RESUMED}
         config = configure(globals(), argv, saved)
     elif skip_batches or ckpt != 'ckpt.pt':
         fail('--skip_batches and --ckpt are for --init_from=resume')
@@ -205,9 +203,9 @@ def open_dataset(name, block_size, run):
             meta = json.load(f)
         if tokenizer_size(meta['tokenizer']) != meta['vocab_size'] or meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError('vocab_size or dtype is wrong')
-        counts, sizes, _ = *[(meta[k]['train'], meta[k]['val']) for k in ('tokens', 'bytes')], meta['sha256']
-        if not all(type(n) is int and n >= 0 for n in (*counts, *sizes)):
-            raise ValueError('tokens and bytes are numbers')
+        counts, sizes = ([meta[key][split] for split in ('train', 'val')] for key in ('tokens', 'bytes'))
+        if not all(type(n) is int and n >= 0 for n in counts + sizes) or 'sha256' not in meta:
+            raise ValueError('tokens and bytes are numbers, sha256 says of what')
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f'{files[2]} is damaged ({type(e).__name__}: {e}): run python {script}')
     splits = [Tokens(path, block_size, meta['dtype'], meta['vocab_size']) for path in files[:2]]
@@ -264,8 +262,8 @@ class Tokens:
         """Return x and y of sequences first, ..., first + count - 1 of an endless stream of training windows.
 
         In an epoch the windows lie side by side, from a random offset, and are taken in random order, each
-        once. Both depend on the run's seed and the epoch alone; and on the sequence alone, which tokens of x, a part `noise`
-        of all, are replaced by random ones.
+        once. Both depend on the run's seed and the epoch alone. A part `noise` of the tokens of x is replaced by random
+        ones: which, depends on seed and sequence alone.
         """
         starts = []
         for sequence in range(first, first + count):
@@ -374,7 +372,7 @@ def is_sharded(tensor):
     return hasattr(tensor, 'full_tensor')  # a DTensor
 
 
-def whole(x, run):
+def gather_whole(x, run):
     """x, any nesting of dicts and lists, with sharded tensors made whole: on rank 0's CPU, the others get None for them.
 
     All processes call this together.
@@ -387,21 +385,17 @@ def whole(x, run):
     return tree_map(gather, x)
 
 
-def load_optimizer(opt, state):
-    """Give opt the state of a checkpoint, sharded like its parameters, but keep its own rates, decays and betas."""
-    hyper = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
-    params = [p for group in opt.param_groups for p in group['params']]
-
+def load_optimizers(optimizers, saved):
+    """Give optimizers the states of a checkpoint, sharded like their parameters; rates, decays and betas stay their own."""
     def shard(t, p):
         if not is_sharded(p) or t.shape != p.shape:
             return t.clone()  # else, on a CPU, it would stay in the file it was read from, which then cannot be freed
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
-    state = dict(state, state={i: {k: shard(t, p) for k, t in state['state'][i].items()}
-                               for i, p in enumerate(params) if i in state['state']})
-    opt.load_state_dict(state)
-    for group, values in zip(opt.param_groups, hyper):
-        group.update(values)
+    for opt, old in zip(optimizers, saved):
+        params = [p for group in opt.param_groups for p in group['params']]
+        state = {i: {k: shard(t, p) for k, t in old['state'][i].items()} for i, p in enumerate(params) if i in old['state']}
+        opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
 
 
 def compile_for_training(block):
@@ -488,8 +482,7 @@ def make_optimizers(model, run, c):
 
     lr_max in a parameter group is its highest learning rate, which train_step multiplies with the schedule's factor.
     """
-    matrices = list(model.transformer.h.parameters()) if c['optimizer'] == 'muon' else []
-    matrices = [p for p in matrices if p.dim() == 2]
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and c['optimizer'] == 'muon']
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     decay, no_decay = [p for p in rest if p.dim() >= 2], [p for p in rest if p.dim() < 2]
     groups = [dict(params=decay, weight_decay=c['weight_decay']), dict(params=no_decay, weight_decay=0.0)]
@@ -523,17 +516,17 @@ class NotFinite(Exception):
     """A loss or gradient is inf or nan; the weights have not been touched."""
 
 
-def train_step(model, optimizers, scaler, run, batches, count, grad_clip, factor, stop=(), timed=True):
+def train_step(model, optimizers, scaler, run, batches, count, grad_clip, factor, signals=(), timed=True):
     """Update the weights once. model is called as model(idx, targets), compiled or not.
 
     batches: this rank's share, an iterable of `count` micro-batches (dropout seed, idx, targets), each taken while a GPU
-    still computes the one before. factor: of the highest learning rates. stop: signals that came, with which this rank
-    wants to leave. timed: wait for the device between the parts, so that their seconds are true.
+    still computes the one before. factor: of the highest learning rates. signals: those that came, with which this
+    rank wants to leave. timed: wait for the device between the parts, so that their seconds are true.
     Returns loss (float, mean over micro-batches and ranks), norm (float, of the gradient before clipping), the
     seconds in forward and backward, and whether any rank wants to leave. Raises NotFinite on all ranks alike.
     """
     seconds = [0.0, 0.0]
-    total = torch.zeros(2, device=run.device)  # loss, stop
+    total = torch.zeros(2, device=run.device)  # loss, whether a signal came
 
     def clock():
         if timed:
@@ -556,7 +549,7 @@ def train_step(model, optimizers, scaler, run, batches, count, grad_clip, factor
         scaler.scale(loss).backward()
         seconds[0] += t1 - t0
         seconds[1] += clock() - t1
-    total[1] = bool(stop)  # as late as this, so that it is this step that a signal ends
+    total[1] = bool(signals)  # as late as this, so that it is this step that a signal ends
 
     if sharded:
         total = run.all_reduce(total) / run.world_size
@@ -594,7 +587,7 @@ def evaluate(model, tokens, eval_iters, batch_size, run):
     batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of tokens
     model.eval()
-    for i in range(run.rank, -(-len(batches) // run.world_size) * run.world_size, run.world_size):
+    for i in range(run.rank, len(batches) + run.rank, run.world_size):  # equally often on all ranks
         batch = batches[min(i, len(batches) - 1)]
         x, y = tokens.read(batch)
         if i >= len(batches):
@@ -607,7 +600,8 @@ def evaluate(model, tokens, eval_iters, batch_size, run):
         if count:
             total += torch.stack([loss.cpu().double() * count, count.double()])
     model.train()
-    total = run.all_reduce(total.float().to(run.device) if run.device.type == 'mps' else total.to(run.device))
+    if run.world_size > 1:
+        total = run.all_reduce(total.to(run.device))
     return (total[0] / total[1]).item()
 
 
@@ -642,7 +636,6 @@ def save_checkpoint(checkpoint, path, previous=None):
     previous: another path, which becomes a second name of the old one. Exit code 1 where the disk refuses.
     """
     temporary = f'{path}.tmp'
-    folder = os.path.dirname(path) or '.'
     try:
         with open(temporary, 'wb') as f:
             torch.save(checkpoint, f)
@@ -657,7 +650,7 @@ def save_checkpoint(checkpoint, path, previous=None):
                 shutil.copyfile(path, f'{previous}.tmp')
             os.replace(f'{previous}.tmp', previous)
         os.replace(temporary, path)
-        sync_folder(folder)
+        sync_folder(os.path.dirname(path) or '.')
     except (OSError, RuntimeError) as e:
         # torch raises a RuntimeError of its own over the file's OSError
         e = e if isinstance(e, OSError) else e.__context__
@@ -701,8 +694,8 @@ def read_checkpoint(path):
         raise ValueError(f'torch refuses it: {str(e).splitlines()[0]}')
     if not isinstance(checkpoint, dict):
         raise ValueError(f'it holds a {type(checkpoint).__name__} instead of a dict')
-    if not isinstance(checkpoint.get('format', 0), int) or checkpoint.get('format', 0) > CHECKPOINT_FORMAT:
-        raise ValueError(f'its format {checkpoint["format"]} is newer than what this quill reads ({CHECKPOINT_FORMAT})')
+    if not isinstance(checkpoint.get('format', 0), int) or checkpoint.get('format', 0) > CHECKPOINT_VERSION:
+        raise ValueError(f'its format {checkpoint["format"]} is newer than what this quill reads ({CHECKPOINT_VERSION})')
     if 'format' not in checkpoint:
         adopt_nanogpt(checkpoint, path)
     if 'skipped' in checkpoint and isinstance(c := checkpoint.get('config'), dict):  # an earlier quill counted in updates
@@ -723,8 +716,6 @@ def read_checkpoint(path):
         try:
             metadata = open_shards(path, checkpoint).read_metadata().state_dict_metadata
             shapes = {k.removeprefix('model.'): v.size for k, v in metadata.items() if k.startswith('model.')}
-        except ValueError:
-            raise
         except Exception as e:
             raise ValueError(f'its shards cannot be read: {e}')
     try:
@@ -773,9 +764,8 @@ def write_shards(out_dir, state, it, run):
 
     That is a dict of its ID and the CRC-32 of its files.
     """
-    from torch.distributed import all_gather_object
     from torch.distributed import checkpoint as dcp  # here, since it adds to every start-up
-    stamp = run.all_reduce(torch.tensor(time.time_ns() * run.is_main, device=run.device)).item()
+    stamp = run.gather(time.time_ns())[0]
     folder = os.path.join(out_dir, f'shards-{it}-{stamp}')
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder))
@@ -784,9 +774,7 @@ def write_shards(out_dir, state, it, run):
     except (OSError, dcp.api.CheckpointException) as e:
         cannot_write(folder, e, f', {megabytes(state)} are needed; the checkpoint before it is as it was')
     sync_folder(folder)
-    parts = [None] * run.world_size
-    all_gather_object(parts, own)
-    return {'id': f'{it}-{stamp}', 'crc': {f: crc for part in parts for f, crc in part.items()}}
+    return {'id': f'{it}-{stamp}', 'crc': {f: crc for part in run.gather(own) for f, crc in part.items()}}
 
 
 def file_crc(path):
@@ -808,15 +796,16 @@ def open_shards(path, checkpoint):
         raise ValueError('its shards have no sound name')
     folder = os.path.join(os.path.dirname(path), f'shards-{shards["id"]}')
 
+    taken = {'torch': 'Size', 'torch.serialization': '_get_layout', 'torch.distributed.checkpoint.filesystem': '_StorageInfo',
+             'torch.distributed.checkpoint.metadata': 'Metadata TensorStorageMetadata TensorProperties _MEM_FORMAT_ENCODING '
+                                                      'ChunkStorageMetadata MetadataIndex StorageMeta'}
+
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            value = super().find_class(module, name) if module in (
-                'torch', 'torch.serialization', 'torch.distributed.checkpoint.metadata',
-                'torch.distributed.checkpoint.filesystem', 'pathlib') else None
-            if isinstance(value, torch.dtype) or name in (
-                    'Size', '_get_layout', '_StorageInfo', 'Metadata', 'TensorStorageMetadata', 'TensorProperties',
-                    '_MEM_FORMAT_ENCODING', 'ChunkStorageMetadata', 'MetadataIndex', 'StorageMeta', 'PosixPath', 'WindowsPath'):
-                return value
+            if module.startswith('pathlib'):  # where it was written, as that Python calls paths; not used
+                return lambda *parts: None
+            if name in taken.get(module, '').split() or module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
+                return super().find_class(module, name)
             raise ValueError(f'{module}.{name} in it describes no tensor')
 
     class Reader(dcp.FileSystemReader):
@@ -841,19 +830,17 @@ def check_shards(path, checkpoint, rank=0, world_size=1):
     return reader
 
 
-def read_shards(path, checkpoint, model, optimizers=(), run=None):
+def read_shards(path, checkpoint, model, optimizers, run):
     """Fill model and optimizers from the shards of the checkpoint at path: each process its part, however many wrote them."""
     from torch.distributed import checkpoint as dcp
-    rank, world_size = (run.rank, run.world_size) if run else (0, 1)
     try:
-        reader = check_shards(path, checkpoint, rank, world_size)
+        reader = check_shards(path, checkpoint, run.rank, run.world_size)
     except ValueError as e:
-        fail(f'cannot use {path}: {e}; {instead_of(path)}')
-    if run:
-        run.barrier()  # not before all have found their part sound
+        fail(f'cannot use {path}: {e}; {what_to_do_without(path)}')
+    run.barrier()  # not before all have found their part sound
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that it loads in one process, which is what we want
-        dcp.load(shard_state(model, optimizers), storage_reader=reader, no_dist=world_size == 1)
+        dcp.load(shard_state(model, optimizers), storage_reader=reader, no_dist=run.world_size == 1)
 
 
 def remove_shards(out_dir):
@@ -894,14 +881,14 @@ def load_checkpoint(path):
     """Return read_checkpoint(path), or fail: with what is wrong, and the checkpoint to use instead."""
     folder, name = os.path.split(path)
     if not os.path.exists(path):
-        fail(f'no {name} in {folder or "."}: {instead_of(path)}')
+        fail(f'no {name} in {folder or "."}: {what_to_do_without(path)}')
     try:
         return read_checkpoint(path)
     except ValueError as e:
-        fail(f'cannot use {path}: {e}; {instead_of(path)}')
+        fail(f'cannot use {path}: {e}; {what_to_do_without(path)}')
 
 
-def instead_of(path):
+def what_to_do_without(path):
     """Return, as the end of an error, what to do where the checkpoint at path is missing or damaged."""
     folder, name = os.path.split(path)
     if name == 'model.pth' and os.path.exists(os.path.join(folder, 'ckpt.pt')):
@@ -922,27 +909,25 @@ def claim(out_dir):
 
     The lock ends with the process, however it ends, so a stale one blocks nobody.
     """
+    path = os.path.join(out_dir, 'run.lock')
     try:
         os.makedirs(out_dir, exist_ok=True)
-        lock = open(os.path.join(out_dir, 'run.lock'), 'a+')
-    except OSError as e:
-        fail(f'cannot write to --out_dir={out_dir}: {e.strerror}', code=1)
-    try:
-        import fcntl  # not on Windows
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError:
-        lock.seek(0)
-        fail(f'--out_dir={out_dir} is in use by process {lock.read().strip()}: give another --out_dir, or end that one')
-    except OSError as e:
-        print(f'note: {out_dir} cannot be locked ({e.strerror}): see to it that no second run uses it', flush=True)
-    try:
+        lock = open(path, 'a+')
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            lock.seek(0)
+            fail(f'--out_dir={out_dir} is in use by process {lock.read().strip()}: give another --out_dir, or end that one')
+        except OSError as e:
+            print(f'note: {out_dir} cannot be locked ({e.strerror}): see to it that no second run uses it', flush=True)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
     except OSError as e:
-        cannot_write(lock.name, e)
+        cannot_write(path, e)
     return lock
 
 
@@ -968,8 +953,9 @@ def keep_old_run(out_dir, names, run):
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return
-    stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(os.path.join(out_dir, names[0]))))
-    if (step := saved_step(os.path.join(out_dir, names[0]))) >= 0:
+    path = os.path.join(out_dir, names[0])
+    stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(path)))
+    if (step := saved_step(path)) >= 0:
         stamp = f'{step}-{stamp}'
     for name in names:
         stem, extension = os.path.splitext(name)
@@ -999,10 +985,8 @@ def read_metrics(path):
     if os.path.exists(path):
         with open(path, encoding='utf-8', errors='replace') as f:
             for line in f:
-                try:
+                with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
-                except ValueError:
-                    pass
     return rows
 
 
@@ -1014,10 +998,9 @@ def plot_losses(out_dir):
         return
     rows = read_metrics(os.path.join(out_dir, 'metrics.jsonl'))
     ax = Figure(figsize=(8, 5), layout='constrained').subplots()
-    for key, style in (('loss', '-'), ('train_loss', 'o-'), ('val_loss', 'o-')):
+    for key, style, label in (('loss', '-', 'train, each logged batch'), ('train_loss', 'o-', 'train'), ('val_loss', 'o-', 'val')):
         points = [(r['step'], r[key]) for r in rows if key in r]
-        ax.plot([p[0] for p in points], [p[1] for p in points], style, markersize=4, linewidth=1,
-                label={'loss': 'train, each logged batch', 'train_loss': 'train', 'val_loss': 'val'}[key])
+        ax.plot([p[0] for p in points], [p[1] for p in points], style, markersize=4, linewidth=1, label=label)
     ax.set(xlabel='iterations', ylabel='loss, nats per token')
     ax.legend()
     try:
@@ -1039,7 +1022,7 @@ class Metrics:
             os.replace(self.path + '.tmp', self.path)
             self.file = open(self.path, 'a', encoding='utf-8')
         except OSError as e:
-            self.fail(e)
+            cannot_write(self.path, e)
         if config['tensorboard']:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(os.path.join(config['out_dir'], 'tensorboard'),
@@ -1050,7 +1033,7 @@ class Metrics:
             self.file.write(json.dumps(row) + '\n')
             self.file.flush()
         except OSError as e:
-            self.fail(e)
+            cannot_write(self.path, e, '; the last checkpoint is as it was')
         if self.wandb:
             import wandb
             wandb.log(row, step=row['step'])
@@ -1058,9 +1041,6 @@ class Metrics:
             for key, value in row.items():
                 if value is not None:
                     self.writer.add_scalar(key, value, row['step'])
-
-    def fail(self, e):
-        cannot_write(self.path, e, '; the last checkpoint is as it was')
 
 
 def start_wandb(config):
@@ -1074,7 +1054,10 @@ def start_wandb(config):
 # -----------------------------------------------------------------------------
 
 def main(config, checkpoint=None):
-    """Train with these settings, which are this module's globals too, from a loaded checkpoint or from scratch."""
+    """Train with these settings, which are this module's globals too, from a loaded checkpoint or from scratch.
+
+    configure() has left _given there as well: the settings that arguments named.
+    """
     for key, module in (('wandb_log', 'wandb'), ('tensorboard', 'torch.utils.tensorboard')):
         if config[key]:
             try:
@@ -1097,7 +1080,7 @@ def main(config, checkpoint=None):
         try:
             encode_prompt(tokenizer, prompt)
         except ValueError as e:
-            if prompt != _defaults['sample_prompt']:
+            if 'sample_prompt' in _given:
                 fail(f'--sample_prompt={prompt}: {e}')
             prompt = ''
             run.print(f'note: {sample_prompt!r} cannot be written in this vocabulary, samples start from nothing')
@@ -1113,7 +1096,7 @@ def main(config, checkpoint=None):
         shape = model_shape(config, meta['vocab_size'])
     problems = [f'{k}={config[k]} but the model of init_from={init_from} has {k}={v}'
                 for k, v in dataclasses.asdict(shape).items() if k in _given and config[k] != v]
-    if shape.vocab_size not in (meta['vocab_size'], 50304 if meta['vocab_size'] == 50257 else None):
+    if shape.vocab_size not in (meta['vocab_size'], model_shape(config, meta['vocab_size']).vocab_size):
         problems.append(f'data/{dataset} has a vocabulary of {meta["vocab_size"]}, the model one of {shape.vocab_size}')
     if checkpoint:
         problems += [f'data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}'
@@ -1124,16 +1107,12 @@ def main(config, checkpoint=None):
             problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
     if problems:
         fail(*problems)
-    if run.world_size > 1:
-        data_crc = zlib.crc32(json.dumps(data).encode()) % 2**16
-        facts = torch.tensor([checkpoint['iter_num'] if checkpoint else 0, data_crc], dtype=torch.float64, device=run.device)
-        total, squares = run.all_reduce(torch.stack([facts, facts**2]))
-        differ = total**2 != squares * run.world_size  # of the same number on all n ranks, both are n**2 * number**2
-        if differ[0]:
-            fail(f'{out_dir} holds step {int(facts[0])} for rank {run.rank}, another for others: is it on a disk that all see?')
-        if differ[1]:
-            fail(f'data/{dataset} has {data["tokens"]} tokens for rank {run.rank}, and not the same for others: prepare it '
-                 'alike on every node')
+    steps, datas = zip(*run.gather((checkpoint['iter_num'] if checkpoint else 0, data)))
+    if len(set(steps)) > 1:
+        fail(f'{out_dir} holds step {", ".join(map(str, steps))} for rank 0, 1, ...: is it on a disk that all see?')
+    if any(other != data for other in datas):
+        fail(f'data/{dataset} has {data["tokens"]} tokens for rank {run.rank}, and not the same for others: prepare it '
+             'alike on every node')
     config = config | {k: v for k, v in dataclasses.asdict(shape).items() if k in config}
     if run.is_main and not eval_only:
         lock = claim(out_dir)  # held until this process ends
@@ -1160,13 +1139,13 @@ def main(config, checkpoint=None):
             read_shards(os.path.join(out_dir, ckpt), checkpoint, model, optimizers, run)
         else:
             try:
-                list(map(load_optimizer, optimizers, checkpoint['optimizer']))  # the variable of a loop would keep the last
+                load_optimizers(optimizers, checkpoint['optimizer'])
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 fail(f'cannot use {os.path.join(out_dir, ckpt)}: the state of its optimizer does not fit ({e})')
         if checkpoint['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint['scaler'])
         changed = {k: (v, config[k]) for k, v in checkpoint['config'].items()
-                   if k in config and k not in OF_THIS_PROCESS and config[k] != v}
+                   if k in config and k not in NOT_RESUMED and config[k] != v}
         run.print(f'resumed {os.path.join(out_dir, ckpt)} at step {iter_num}'
                   + ''.join(f', {k}={new} (was {old})' for k, (old, new) in changed.items()))
         checkpoint.clear()  # its memory is needed
@@ -1192,7 +1171,7 @@ def main(config, checkpoint=None):
             start_wandb(config)
         if init_from != 'resume':
             keep_old_run(out_dir, ['ckpt.pt', 'ckpt_prev.pt', 'model.pth', 'metrics.jsonl', 'loss.png'], run)
-        else:  # what this run goes back behind
+        else:  # what is newer than the checkpoint that this run goes on from
             keep_old_run(out_dir, [f for f in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth') if f != ckpt and (
                 f == 'ckpt.pt' or saved_step(os.path.join(out_dir, f)) > iter_num)], run)
         metrics = Metrics(config, iter_num)
@@ -1200,11 +1179,11 @@ def main(config, checkpoint=None):
 
     # the first signal ends the run after the present step, a second Ctrl-C at once
     signals = []
-    # torchrun passes on the Ctrl-C that the terminal has sent to all: within so many seconds that is not a second one
-    echo = 1 if run.world_size > 1 else 0
+    # torchrun passes on the Ctrl-C that the terminal has sent to all: so soon after the first it is no second one
+    echo_s = 1 if run.world_size > 1 else 0
 
     def on_signal(signum, frame):
-        if signals and signum == signal.SIGINT and time.monotonic() - signals[0][1] > echo:
+        if signals and signum == signal.SIGINT and time.monotonic() - signals[0][1] > echo_s:
             os._exit(130)
         signals.append((signum, time.monotonic()))
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -1223,7 +1202,7 @@ def main(config, checkpoint=None):
             shards.clear()
             shards[it] = write_shards(out_dir, shard_state(model, optimizers), it, run)
         weights = {'model': {}, 'shards': shards[it]} if sharded else {'model': dict(model.state_dict())}
-        checkpoint = whole({'format': CHECKPOINT_FORMAT, **weights,
+        checkpoint = gather_whole({'format': CHECKPOINT_VERSION, **weights,
                             'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
                             'tokenizer': tokenizer.to_dict(), **more}, run)
         if run.is_main:
@@ -1237,7 +1216,7 @@ def main(config, checkpoint=None):
             x, y = train_tokens.train_batch(position + micro * batch_size + part * rows, rows, run, input_noise)
             yield run.derive_seed('dropout', it, micro), run.to_device(x), run.to_device(y)
 
-    # the clock runs in steps only: t0 is when it last started, since is the step it then had
+    # the clock counts steps alone: t0 is when it was last started, since the step at that moment
     it, since, t0, stop, overflows = iter_num, iter_num, time.perf_counter(), False, 0
     while True:
         # evaluate, sample, save
@@ -1255,7 +1234,7 @@ def main(config, checkpoint=None):
                       f'(evaluated in {time.perf_counter() - t1:.1f} s)')
             if run.is_main:
                 metrics.write(step=it, train_loss=train_loss, val_loss=val_loss, train_seconds=train_seconds)
-            if sample_tokens:  # on all ranks, which with fsdp hold the model together
+            if sample_tokens:  # on all ranks: with fsdp each holds only a part of the model
                 text = sample_text(model, tokenizer, prompt, sample_tokens, run, it)
                 run.print(f'--- sample at step {it} ---\n{text}\n---')
             if (it or pretrained) and (best or always_save_checkpoint):
@@ -1278,7 +1257,7 @@ def main(config, checkpoint=None):
         logged = it == 0 or (it + 1) % log_interval == 0
         try:
             loss, norm, dtf, dtb, stop = train_step(step_model, optimizers, scaler, run, batches(), len(micro_batches), grad_clip,
-                                                    factor, stop=signals, timed=logged)
+                                                    factor, signals, timed=logged)
         except NotFinite as e:
             fail(f'{e} at iteration {it}: stopped before the weights changed, the last checkpoint in {out_dir} is as '
                  'it was', code=1)
