@@ -437,7 +437,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one id per row of logits (B, V), as GPT.generate describes; returns (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = logits / temperature, None
+    logits, ids = logits / max(temperature, 1e-30), None  # which stays finite
     if 0 < top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)  # in falling order; what follows has only (B, top_k) to do
     elif top_p < 1:
@@ -487,8 +487,9 @@ class StoredLinear(nn.Module):
             y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, 'none', [], '').float()
             return y if self.bias is None else y + self.bias
         w, rows = self.weight, x.flatten(0, -2)
-        if w.dtype == torch.int8:  # whose kernel is fast with few rows only
-            y = torch._weight_int8pack_mm(rows.bfloat16(), w, self.scale) if len(rows) <= 16 else \
+        if w.dtype == torch.int8:
+            # whose kernel is fast with few rows only, and reads 16 columns at a time, the last ones beyond the row's end
+            y = torch._weight_int8pack_mm(rows.bfloat16(), w, self.scale) if len(rows) <= 16 and w.size(1) % 16 == 0 else \
                 F.linear(rows, w.float()) * self.scale
         elif len(rows) == 1:
             y = torch.mv(w, rows[0].to(w.dtype))

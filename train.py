@@ -394,6 +394,10 @@ def load_optimizers(optimizers, saved):
         return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
     for opt, old in zip(optimizers, saved):
         params = [p for group in opt.param_groups for p in group['params']]
+        keys = {'momentum_buffer'} if isinstance(opt, Muon) else {'step', 'exp_avg', 'exp_avg_sq'}
+        for i, p in enumerate(params if old['state'] else ()):  # before the first update there is none
+            if {k: t.shape for k, t in old['state'][i].items()} != {k: () if k == 'step' else p.shape for k in keys}:
+                raise ValueError(f'parameter {i} has other names or shapes')  # fused AdamW would write beyond a smaller one
         state = {i: {k: shard(t, p) for k, t in old['state'][i].items()} for i, p in enumerate(params) if i in old['state']}
         opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
 
@@ -691,7 +695,7 @@ def read_checkpoint(path):
     except ValueError:
         raise
     except Exception as e:
-        raise ValueError(f'torch refuses it: {str(e).splitlines()[0]}')
+        raise ValueError(f'torch refuses it: {(str(e) or repr(e)).splitlines()[0]}')
     if not isinstance(checkpoint, dict):
         raise ValueError(f'it holds a {type(checkpoint).__name__} instead of a dict')
     if not isinstance(checkpoint.get('format', 0), int) or checkpoint.get('format', 0) > CHECKPOINT_VERSION:
@@ -1227,8 +1231,11 @@ def main(config, checkpoint=None):
         if due:
             t1 = time.perf_counter()
             train_loss, val_loss = (evaluate(model, t, eval_iters, batch_size, run) for t in (train_tokens, val_tokens))
-            best = val_loss < best_val_loss
-            best_val_loss = min(best_val_loss, val_loss)  # in this order, which keeps the best where val_loss is nan
+            if not math.isfinite(train_loss + val_loss):
+                fail(f'the loss is not finite at iteration {it}: the last checkpoint in {out_dir} is as it was', code=1)
+            best = (it or pretrained) and val_loss < best_val_loss  # weights that were not trained are not saved as the best
+            if best:
+                best_val_loss = val_loss
             run.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} '
                       f'best_val_loss={best_val_loss:.4f} train_seconds={train_seconds:.1f} '
                       f'(evaluated in {time.perf_counter() - t1:.1f} s)')
@@ -1237,7 +1244,7 @@ def main(config, checkpoint=None):
             if sample_tokens:  # on all ranks: with fsdp each holds only a part of the model
                 text = sample_text(model, tokenizer, prompt, sample_tokens, run, it)
                 run.print(f'--- sample at step {it} ---\n{text}\n---')
-            if (it or pretrained) and (best or always_save_checkpoint):
+            if best or it and always_save_checkpoint:
                 save('model.pth', val_loss=val_loss)
         if due and (it or it == last_iter) or stop:
             save('ckpt.pt', previous=os.path.join(out_dir, 'ckpt_prev.pt'),

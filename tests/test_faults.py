@@ -566,13 +566,37 @@ def flips(out, n, seed):
     train.read_checkpoint(path)
 
 
-def test_an_optimizer_state_of_another_shape_is_refused(train_run, tmp_path, capsys):
-    checkpoint = train_run(*FAST, '--max_iters=3')
-    del checkpoint['optimizer'][0]['state']
+@pytest.mark.parametrize('optimizer, damage', [
+    ('adamw', lambda opt: opt.pop('state')), ('adamw', lambda opt: opt['state'].pop(0)),
+    ('adamw', lambda opt: opt['state'][0].pop('exp_avg')), ('adamw', lambda opt: opt['state'][0].update(exp_avg=torch.zeros(3))),
+    ('adamw', lambda opt: opt['state'][1].update(step=torch.zeros(2))), ('adamw', lambda opt: opt['state'][0].update(exp_avg=3.0)),
+    ('muon', lambda opt: opt['state'][0].update(momentum_buffer=torch.zeros(3))), ('muon', lambda opt: opt['state'].pop(2))])
+def test_an_optimizer_state_of_another_shape_is_refused(train_run, tmp_path, capsys, optimizer, damage):
+    checkpoint = train_run(*FAST, '--max_iters=3', f'--optimizer={optimizer}')
+    damage(checkpoint['optimizer'][-1])
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
     with pytest.raises(SystemExit) as e:
         train_run('--init_from=resume', '--max_iters=6')
     assert e.value.code == 2 and 'the state of its optimizer does not fit' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('more', [['--max_iters=1'], ['--max_iters=4', '--eval_interval=1'], ['--max_iters=3', '--sample_tokens=0']])
+def test_weights_whose_loss_is_not_finite_are_not_saved(train_run, tmp_path, capsys, more):
+    with pytest.raises(SystemExit) as e:
+        train_run(*FAST, '--learning_rate=1e30', '--min_lr=0', '--grad_clip=0', '--decay_lr=False', '--eval_interval=1', *more)
+    assert e.value.code == 1 and 'loss is not finite at iteration 1: ' in capsys.readouterr().err
+    assert not [f for f in os.listdir(tmp_path / 'out') if '.pt' in f]
+    rows = (tmp_path / 'out' / 'metrics.jsonl').read_text()
+    assert 'NaN' not in rows and [r['step'] for r in metrics(tmp_path / 'out')[1]] == [0]
+
+
+def test_the_best_are_the_best_of_the_trained_weights(train_run, tmp_path):
+    train_run(*FAST, '--learning_rate=1', '--min_lr=1', '--warmup_iters=0', '--max_iters=6', '--eval_interval=2')
+    evals = metrics(tmp_path / 'out')[1]
+    best = min(evals[1:], key=lambda r: r['val_loss'])
+    assert best['val_loss'] > evals[0]['val_loss']  # never as good as before training
+    saved = torch.load(tmp_path / 'out' / 'model.pth', weights_only=True)
+    assert (saved['iter_num'], saved['val_loss']) == (best['step'], best['val_loss'])
 
 
 def test_a_flipped_bit_in_a_tensor_is_found(train_run, tmp_path):

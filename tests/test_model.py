@@ -273,6 +273,16 @@ def test_stored_weights_multiply_like_the_ones_they_stand_for(dtype, error, rows
         assert (got - expected)[..., channel].abs().max() <= error * size, channel
 
 
+@pytest.mark.parametrize('width', [8, 20, 24, 33, 40, 65, 100, 130])
+def test_stored_weights_of_any_width_are_multiplied(width):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(width, 65)
+    for dtype in (torch.bfloat16, torch.float16, torch.int8):
+        for x in torch.randn(1, 1, width), torch.randn(3, 1, width):
+            with torch.no_grad():
+                assert torch.allclose(StoredLinear(linear, dtype)(x), linear(x), atol=0.05)
+
+
 @pytest.mark.parametrize('dtype, error', [(torch.bfloat16, 0.02), (torch.float16, 0.005), (torch.int8, 0.03)])
 def test_logits_with_stored_weights_are_near(dtype, error):
     torch.manual_seed(0)
@@ -327,6 +337,13 @@ def test_draws_follow_the_stated_distribution(settings, kept):
     ids = draw(logits, generator=torch.Generator().manual_seed(0), **settings)
     frequencies = torch.bincount(ids, minlength=4) / len(ids)
     assert torch.allclose(frequencies, expected[order], atol=0.015)
+
+
+@pytest.mark.parametrize('temperature', [1e-40, 1e-300, 1e-6])
+def test_at_the_lowest_temperatures_the_likeliest_is_drawn(temperature):
+    logits = torch.randn(5, 65, generator=torch.Generator().manual_seed(0)) * 100
+    for settings in {}, {'top_k': 3}, {'top_p': 0.5}:
+        assert torch.equal(draw(logits, temperature, **settings), logits.argmax(dim=-1))
 
 
 def test_dropout_keeps_the_mean_and_drops_p():
