@@ -60,6 +60,22 @@ def cannot_write(path, e, more=''):
     fail(f'cannot write {path} ({reason}): {shutil.disk_usage(folder).free / 1e6:.1f} MB are free{more}', code=1)
 
 
+def lock(file):
+    """Take file, an open one, for this process alone until it is closed; BlockingIOError where another process has it.
+
+    Returns why that is impossible here, None where it is done.
+    """
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError as e:
+        return str(e)
+    except BlockingIOError:
+        raise
+    except OSError as e:
+        return e.strerror
+
+
 def excepthook(kind, value, trace):
     """Python's own, but Ctrl-C ends a script without a traceback."""
     if kind is not KeyboardInterrupt:

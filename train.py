@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import cannot_write, configure, fail, peak_flops, setup, torchrun
+from configurator import cannot_write, configure, fail, lock, peak_flops, setup, torchrun
 from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
 from model import GPT, Dropout, GPTConfig, SkipInit
 
@@ -916,23 +916,18 @@ def claim(out_dir):
     path = os.path.join(out_dir, 'run.lock')
     try:
         os.makedirs(out_dir, exist_ok=True)
-        lock = open(path, 'a+')
-        try:
-            import fcntl  # not on Windows
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            lock.seek(0)
-            fail(f'--out_dir={out_dir} is in use by process {lock.read().strip()}: give another --out_dir, or end that one')
-        except OSError as e:
-            print(f'note: {out_dir} cannot be locked ({e.strerror}): see to it that no second run uses it', flush=True)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        f = open(path, 'a+')
+        if reason := lock(f):
+            print(f'note: {out_dir} cannot be locked ({reason}): see to it that no second run uses it', flush=True)
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+    except BlockingIOError:
+        f.seek(0)
+        fail(f'--out_dir={out_dir} is in use by process {f.read().strip()}: give another --out_dir, or end that one')
     except OSError as e:
         cannot_write(path, e)
-    return lock
+    return f
 
 
 def check_space(out_dir, model, sharded, resumed):
@@ -1119,7 +1114,7 @@ def main(config, checkpoint=None):
              'alike on every node')
     config = config | {k: v for k, v in dataclasses.asdict(shape).items() if k in config}
     if run.is_main and not eval_only:
-        lock = claim(out_dir)  # held until this process ends
+        lock_file = claim(out_dir)  # held until this process ends
         if checkpoint and saved_step(os.path.join(out_dir, ckpt)) != checkpoint['iter_num']:
             fail(f'another process has saved {os.path.join(out_dir, ckpt)} while this one started: start it again', code=1)
     if not pretrained:

@@ -19,7 +19,7 @@ import zipfile
 
 import numpy as np
 
-from configurator import cannot_write, fail
+from configurator import cannot_write, fail, lock
 
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
@@ -29,6 +29,10 @@ DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
 class DownloadError(Exception):
     """A source did not give the file; the message says which and why."""
+
+
+class NotResumable(DownloadError):
+    """A source gives the whole file only, or one that is shorter than what is there."""
 
 
 def sha256_file(path):
@@ -62,7 +66,7 @@ def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0):
 
     timeout bounds the wait for each part, in seconds; after patience seconds the mean rate must be above 1 kB/s. size in
     bytes and sha256 (of the whole, so with start=0 only) are checked at the end, that is before write_atomic gives the
-    file its name.
+    file its name. NotResumable comes before the first bytes.
     """
     import requests
     import urllib3
@@ -74,16 +78,20 @@ def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0):
         with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
             if url.startswith('https:') and not all(r.url.startswith('https:') for r in (*response.history, response)):
                 raise DownloadError(f'{url}: redirected from https to http')
-            if response.status_code not in (200, 206):
-                raise DownloadError(f'{url}: HTTP status {response.status_code}')
+            status, given = response.status_code, response.headers.get('Content-Range', '')
+            if start and status == 416 and given == f'bytes */{start}':
+                return  # nothing lies behind the last byte: all had arrived
+            if start and (status in (200, 416) or status == 206 and not given.startswith(f'bytes {start}-')):
+                raise NotResumable(f'{url}: not given from byte {start:,} on')
+            if status not in (200, 206):
+                raise DownloadError(f'{url}: HTTP status {status}')
             length = response.headers.get('Content-Length', '')
-            skip = start if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
-            total = size or (int(length) + start - skip if length.isdigit() else None)
+            total = size or (int(length) + start if length.isdigit() else None)
+            if not total and not sha256 and response.headers.get('Transfer-Encoding') != 'chunked':
+                raise DownloadError(f'{url}: states no length, so an early end would not be noticed')
             # read1 returns what has arrived instead of waiting for all of it; urllib3 has it since 2.0
             read = getattr(response.raw, 'read1', response.raw.read)
             while chunk := read(1 << 16):
-                if skip:
-                    skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
                 digest.update(chunk)
                 received += len(chunk)
                 now = time.monotonic()
@@ -107,34 +115,51 @@ def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0):
         raise DownloadError(f'{url}: sha256 is {digest.hexdigest()} instead of {sha256}')
 
 
+def append_rest(f, url, size=None, begin=0, header=0):
+    """Append what lacks in f, open for appending, whose bytes from begin on are those of the file at url from header on."""
+    have = f.seek(0, os.SEEK_END) - begin
+    for start in (header + have if have else 0, 0):  # from the beginning where url cannot go on
+        f.truncate(begin + max(0, start - header))
+        skip = max(0, header - start)
+        try:
+            for chunk in fetch(url, size=size, start=start):
+                f.write(chunk[skip:])
+                skip = max(0, skip - len(chunk))
+            f.flush()
+            os.fsync(f.fileno())
+            return
+        except NotResumable:
+            pass
+
+
 def download_resumable(url, path, sha256=None):
     """Write the file at url to path; what an interrupted call has left in path.part is not fetched again.
 
     A file with another sha256 is removed.
     """
     part = f'{path}.part'
-    start = os.path.getsize(part) if os.path.exists(part) else 0
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(part, 'ab') as f:
-            for chunk in fetch(url, start=start):
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())
-    except DownloadError as e:
-        if 'HTTP status 416' not in str(e):  # nothing lies behind the last byte: it had arrived
-            if not os.path.getsize(part):
-                os.remove(part)
-            raise
+            lock(f)
+            if os.path.exists(path):
+                return  # another process was faster
+            append_rest(f, url)
+            with open(part, 'rb') as whole:
+                wrong = 'a web page instead of the file' if whole.read(64).lstrip()[:1] == b'<' else \
+                    'another sha256 than expected' if sha256 and sha256_file(part) != sha256 else ''
+            if wrong:
+                f.truncate(0)
+                raise DownloadError(f'{url}: {wrong}')
+        os.replace(part, path)
+    except BlockingIOError:
+        raise DownloadError(f'{url}: another process is downloading it to {part}')
+    except DownloadError:
+        if not os.path.getsize(part):
+            os.remove(part)
+        raise
     except OSError as e:
         cannot_write(part, e)
-    with open(part, 'rb') as f:
-        wrong = 'a web page instead of the file' if f.read(64).lstrip()[:1] == b'<' else \
-            'another sha256 than expected' if sha256 and sha256_file(part) != sha256 else ''
-    if wrong:
-        os.remove(part)
-        raise DownloadError(f'{url}: {wrong}')
-    os.replace(part, path)
 
 
 def need_space(folder, size):

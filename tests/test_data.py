@@ -239,22 +239,28 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
 # ---- data at scale, from a local server of the same structure
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the dict `files` with byte ranges; closes the connection after `budget` bytes in all, once."""
-    files, budget, requests = {}, None, []
+    """Serves the dict `files`, with byte ranges or without; closes the connection after `budget` bytes in all, once."""
+    files, budget, requests, ranges, length, pace = {}, None, [], True, True, 0
 
     def do_GET(self):
         body = self.files.get(self.path)
         if body is None:
             return self.send_error(404)
-        start = int(self.headers.get('Range', 'bytes=0-')[6:-1])
+        start = int(self.headers.get('Range', 'bytes=0-')[6:-1]) * Hub.ranges
         Hub.requests.append((self.path, start))
-        self.send_response(206 if start else 200)
-        self.send_header('Content-Length', str(len(body) - start))
-        self.end_headers()
+        self.send_response(416 if start and start >= len(body) else 206 if start else 200)
+        if start:
+            self.send_header('Content-Range', f'bytes */{len(body)}' if start >= len(body) else
+                             f'bytes {start}-{len(body) - 1}/{len(body)}')
         body = body[start:]
+        if Hub.length:
+            self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
         if Hub.budget is not None:
             body, Hub.budget = body[:Hub.budget], None
-        self.wfile.write(body)
+        for i in range(0, len(body), 1 << 16):
+            self.wfile.write(body[i:i + (1 << 16)])
+            time.sleep(Hub.pace)
 
     def log_message(self, *args):
         pass
@@ -264,7 +270,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub():
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     httpd.handle_error = lambda *_: None
-    Hub.files, Hub.budget, Hub.requests = {}, None, []
+    Hub.files, Hub.budget, Hub.requests, Hub.ranges, Hub.length, Hub.pace = {}, None, [], True, True, 0
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{httpd.server_port}'
     httpd.shutdown()
@@ -300,6 +306,54 @@ def test_a_resumed_download_is_checked_as_a_whole(hub, tmp_path):
     assert os.listdir(tmp_path) == ['file']
 
 
+@pytest.mark.parametrize('ranges', [True, False])
+def test_a_part_that_is_no_beginning_of_the_file_is_fetched_anew(hub, tmp_path, ranges):
+    body, path = os.urandom(200_000), tmp_path / 'file'
+    Hub.files, Hub.ranges = {'/file': body}, ranges
+    (tmp_path / 'file.part').write_bytes(body + b'more')
+    common.download_resumable(f'{hub}/file', str(path))
+    assert path.read_bytes() == body
+    path.unlink()
+    (tmp_path / 'file.part').write_bytes(body)  # whole, but the run ended before its name
+    common.download_resumable(f'{hub}/file', str(path))
+    assert path.read_bytes() == body and os.listdir(tmp_path) == ['file']
+
+
+def test_a_page_with_status_200_is_not_joined_to_what_is_there(hub, tmp_path):
+    body, path = os.urandom(200_000), tmp_path / 'file'
+    Hub.files, Hub.ranges = {'/file': b'<html>' + b'please log in' * 300}, False
+    (tmp_path / 'file.part').write_bytes(body[:100])
+    with pytest.raises(common.DownloadError, match='a web page instead of the file'):
+        common.download_resumable(f'{hub}/file', str(path))
+    assert os.listdir(tmp_path) == []
+    Hub.files = {'/file': body}
+    (tmp_path / 'file.part').write_bytes(body[:100])
+    common.download_resumable(f'{hub}/file', str(path))
+    assert path.read_bytes() == body
+
+
+def test_without_a_length_an_early_end_would_go_unnoticed(hub, tmp_path):
+    Hub.files, Hub.length, Hub.budget = {'/file': os.urandom(200_000)}, False, 100_000
+    with pytest.raises(common.DownloadError, match='states no length'):
+        common.download_resumable(f'{hub}/file', str(tmp_path / 'file'))
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_processes_do_not_write_one_download(hub, tmp_path):
+    body, path = os.urandom(1_000_000), tmp_path / 'file'
+    Hub.files, Hub.pace = {'/file': body}, 0.05
+    first = threading.Thread(target=common.download_resumable, args=(f'{hub}/file', str(path)))
+    first.start()
+    while not (tmp_path / 'file.part').exists() or not (tmp_path / 'file.part').stat().st_size:
+        time.sleep(0.01)
+    with pytest.raises(common.DownloadError, match='another process is downloading it'):
+        common.download_resumable(f'{hub}/file', str(path))
+    first.join()
+    assert path.read_bytes() == body and os.listdir(tmp_path) == ['file']
+    common.download_resumable(f'{hub}/file', str(path))  # come too late to be first
+    assert path.read_bytes() == body
+
+
 def test_fineweb_shards_are_streamed_and_an_interrupted_run_goes_on(project, hub, bpe):
     base, folder = '/datasets/kjj0/fineweb10B-gpt2/resolve/main/', project / 'data' / 'fineweb'
     parts = {f'fineweb_train_{i:06}.bin': shard(200_000 + i, i) for i in (1, 2)} | {'fineweb_val_000000.bin': shard(5000, 9)}
@@ -309,7 +363,8 @@ def test_fineweb_shards_are_streamed_and_an_interrupted_run_goes_on(project, hub
     _, err = script(project, 'data/fineweb/prepare.py', '--shards=2', code=2, env={'HF_ENDPOINT': hub})
     assert 'not a shard of tokens (magic 7' in err and not (folder / 'train.bin').exists()
     Hub.files[base + 'fineweb_train_000002.bin'] = good
-    os.truncate(folder / 'train.bin.part', 123_456)  # as if killed in the first shard
+    first = parts['fineweb_train_000001.bin'][0]
+    (folder / 'train.bin.part').write_bytes(first[1024:1024 + 123_456])  # as if killed in the first shard
     Hub.requests.clear()
     script(project, 'data/fineweb/prepare.py', '--shards=2', env={'HF_ENDPOINT': hub})
     assert (base + 'fineweb_train_000001.bin', 1024 + 123_456) in Hub.requests  # and not from the start
@@ -321,6 +376,16 @@ def test_fineweb_shards_are_streamed_and_an_interrupted_run_goes_on(project, hub
         assert meta['tokens'][split] == len(expected)
         assert meta['bytes'][split] == sum(len(tokenizer.token_bytes(t)) for t in expected.tolist() if t != 50256)
     assert sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+    # more shards, of a hub that does not answer: what is there stays
+    _, err = script(project, 'data/fineweb/prepare.py', '--shards=3', code=2, env={'HF_ENDPOINT': 'http://127.0.0.1:9'})
+    assert 'run this again' in err and sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+    # killed in the second shard, with a server that gives whole files only
+    os.replace(folder / 'train.bin', folder / 'train.bin.part')
+    os.truncate(folder / 'train.bin.part', 2 * 200_001 + 100)
+    Hub.ranges = False
+    script(project, 'data/fineweb/prepare.py', '--shards=2', env={'HF_ENDPOINT': hub})
+    expected = np.concatenate([parts[f'fineweb_train_{i:06}.bin'][1] for i in (1, 2)])
+    assert np.array_equal(np.fromfile(folder / 'train.bin', dtype='<u2'), expected)
 
 
 def owt_subset(texts, per_archive=7):

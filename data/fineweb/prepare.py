@@ -13,8 +13,8 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # quill's folder
-from configurator import cannot_write, configure, fail
-from data.common import DATA_DIR, DownloadError, GPT2Tokenizer, fetch, hub_address, need_space, write_atomic
+from configurator import cannot_write, configure, fail, lock
+from data.common import DATA_DIR, DownloadError, GPT2Tokenizer, append_rest, fetch, hub_address, need_space, write_atomic
 
 shards = 1  # training shards, of 103
 
@@ -36,26 +36,25 @@ def shard_tokens(url):
 
 def assemble(names, path):
     """Stream the tokens of the named shards into path; returns their numbers."""
-    counts, begin, part = [], 0, f'{path}.part'
+    urls = [f'{hub_address()}/datasets/kjj0/fineweb10B-gpt2/resolve/main/{name}' for name in names]
+    counts = [shard_tokens(url) for url in urls]
+    if os.path.exists(path) and os.path.getsize(path) == 2 * sum(counts):
+        return counts
+    begin, part = 0, f'{path}.part'
     if os.path.exists(path):
-        os.replace(path, part)  # whole, but the run ended before meta.json; or of fewer shards
+        os.replace(path, part)  # of fewer shards, or of more
     with open(part, 'ab') as f:
-        done = os.path.getsize(part)
-        for name in names:
-            url = f'{hub_address()}/datasets/kjj0/fineweb10B-gpt2/resolve/main/{name}'
-            counts.append(shard_tokens(url))
-            end = begin + 2 * counts[-1]
-            if done < end:
-                have = max(0, done - begin)  # of this shard
-                for chunk in fetch(url, size=HEADER + 2 * counts[-1], start=HEADER + have):
-                    f.write(chunk)
-                    have += len(chunk)
-                f.flush()
-                os.fsync(f.fileno())
-                done = end
+        try:
+            lock(f)
+        except BlockingIOError:
+            fail(f'{part}: another process is at it')
+        for url, count in zip(urls, counts):
+            end = begin + 2 * count
+            if os.path.getsize(part) < end:
+                append_rest(f, url, HEADER + 2 * count, begin, HEADER)
             begin = end
             print(f'{os.path.basename(path)}: {begin // 2:,} tokens', flush=True)
-    os.truncate(part, begin)  # of an earlier run with more shards
+        f.truncate(begin)  # of an earlier run with more shards
     os.replace(part, path)
     return counts
 
