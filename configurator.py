@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 
@@ -76,9 +77,18 @@ def lock(file):
         return e.strerror
 
 
+def out_of_memory(e):
+    """Whether the exception e says that; on a CPU it has no class of its own."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+
 def excepthook(kind, value, trace):
-    """Python's own, but Ctrl-C ends a script without a traceback."""
-    if kind is not KeyboardInterrupt:
+    """Python's own, but without a traceback for Ctrl-C, too little memory, and a reader of our output that has left."""
+    if out_of_memory(value):
+        print(f'error: out of memory: {str(value).partition(chr(10))[0]}', file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is still to be written goes
+    elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, value, trace)
 
 
@@ -94,7 +104,7 @@ def is_key(name, value):
 
 def convert(key, value, default):
     """Return `value` as the type of `default`; a str `value` is taken as text. ValueError says the rule."""
-    kind = type(default)
+    kind, given = type(default), value
     if isinstance(value, str):  # from the command line, or quoted in a file
         if kind is bool or default == 'auto':
             value = BOOLS.get(value, value)
@@ -103,12 +113,13 @@ def convert(key, value, default):
                 with contextlib.suppress(ValueError):
                     value = parse(value)
                     break
-    if kind is int and type(value) is float and value.is_integer() or kind is float and type(value) is int:
-        value = kind(value)
-    if type(value) is kind or default == 'auto' and type(value) is bool:
+    with contextlib.suppress(OverflowError):
+        if kind is int and type(value) is float and value.is_integer() or kind is float and type(value) is int:
+            value = kind(value)
+    if (type(value) is kind or default == 'auto' and type(value) is bool) and not (kind is int and abs(value) > 2**63):
         return value
-    rule = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}[kind]
-    raise ValueError(f'{key}={value!r}: {key} is {rule}')
+    rule = {bool: 'True or False', int: 'an integer of at most 64 bits', float: 'a number', str: 'a string'}[kind]
+    raise ValueError(f'{key}={given!r}: {key} is {rule}')
 
 
 def configure(namespace, argv=None, saved=None):
@@ -167,19 +178,19 @@ def configure(namespace, argv=None, saved=None):
             continue
         scratch = dict(config, __file__=path, __name__='config')
         try:
-            with open(path, encoding='utf-8') as f:
-                exec(compile(f.read(), path, 'exec'), scratch)
-        except Exception as e:
-            line = e.lineno if isinstance(e, SyntaxError) else e.__traceback__.tb_next.tb_lineno \
-                if e.__traceback__.tb_next else 0
-            problems.append(f'{arg}, line {line}: {type(e).__name__}: {e}')
+            with open(path, encoding='utf-8-sig') as f:
+                tree = ast.parse(f.read(), path)
+            exec(compile(tree, path, 'exec'), scratch)
+        except (Exception, SystemExit) as e:
+            lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+            line = lines[0] if lines else getattr(e, 'lineno', None)
+            problems.append(f'{arg}{f", line {line}" if line else ""}: {type(e).__name__}: {e}')
             continue
+        assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         for key, value in scratch.items():
-            # imports and functions that the file uses are its own business
+            # what the file imports, and functions in it, are its own business
             private = key.startswith('_') or callable(value) or type(value) is type(sys)
-            if key in defaults and value is config[key]:
-                continue  # not assigned by this file
-            if key in defaults or not private:
+            if key in assigned and not private or key in defaults and (key in assigned or value is not config[key]):
                 override(key, value, f'{arg}: ')
     if problems:
         fail(*problems)
@@ -475,7 +486,7 @@ def peak_flops(run):
     if run.device.type == 'cuda':
         name = torch.cuda.get_device_name(run.device)
         for key, (half, single) in GPU_PEAK_TFLOPS.items():
-            if re.search(rf'\b{key}\b', name):
+            if re.search(rf'\b{key}\b(?! (Ti|SUPER|D|Laptop|NVL)\b)', name):
                 return 1e12 * (single if run.dtype == torch.float32 else half)
         return None
     n = 1536

@@ -12,7 +12,7 @@ B batch, T time, C n_embd, H heads, D head_dim, V vocab, S cached positions.
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -41,6 +41,8 @@ class GPTConfig:
     softcap: float = 0.0  # c * tanh(logits / c), 0 for none (https://arxiv.org/abs/2408.00118)
 
     def __post_init__(self):
+        if wrong := [f for f in fields(self) if not isinstance(getattr(self, f.name), (f.type, int))]:
+            raise ValueError('; '.join(f'{f.name}={getattr(self, f.name)!r} is no {f.type.__name__}' for f in wrong))
         problems = [f'{key}={getattr(self, key)}: {key} is at least 1'
                     for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if getattr(self, key) < 1]
         if not problems:  # else it may divide by zero
@@ -49,6 +51,8 @@ class GPTConfig:
                 problems.append(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}')
             elif self.rotary and head_dim % 2:
                 problems.append(f'n_embd/n_head={head_dim} is odd: rotary turns pairs of channels')
+            if self.token_shift and self.n_embd == 1:
+                problems.append('n_embd=1: token_shift moves half of the channels')
         if not 0 <= self.dropout < 1:
             problems.append(f'dropout={self.dropout}: dropout is at least 0 and below 1')
         if self.activation not in ACTIVATIONS:

@@ -14,7 +14,7 @@ import torch
 from configurator import cannot_write, configure, cpu_multiplies_bfloat16, fail, pick_device, setup
 from data.common import GPT2_NAMES, read_text, tokenizer_from_dict
 from model import FBGEMM, GPT, GPTConfig, SkipInit, store_weights
-from train import HERE, encode_prompt, load_checkpoint, load_gpt2, read_shards
+from train import encode_prompt, load_checkpoint, load_gpt2, read_runs, read_shards
 
 # -----------------------------------------------------------------------------
 # settings
@@ -75,10 +75,10 @@ def place_for_generation(model, device, dtype, quantize):
 
 def last_run():
     """Return the directory of the most recent run."""
-    log = os.path.join(HERE, 'checkpoints.log')
-    if not os.path.exists(log):
+    runs = read_runs()
+    if not runs:
         fail('nothing has been trained yet (no checkpoints.log): run python train.py, or give --out_dir')
-    return open(log, encoding='utf-8').read().splitlines()[-1]
+    return runs[-1]
 
 
 class Text:
@@ -105,8 +105,6 @@ class Text:
 
 def export_model(model, tokenizer):
     """Write config.json, model.safetensors and, for byte pairs, the tokenizer's files to the folder `export`."""
-    if os.path.exists(export) and (not os.path.isdir(export) or os.listdir(export)):
-        fail(f'--export={export}: it exists and is not an empty folder, name another')
     try:
         os.makedirs(export, exist_ok=True)
     except OSError as e:
@@ -125,6 +123,9 @@ def export_model(model, tokenizer):
 
 @torch.inference_mode()
 def main():
+    prompt = read_text(start[5:]) if start.startswith('FILE:') else start
+    if os.path.exists(export) and (not os.path.isdir(export) or os.listdir(export)):
+        fail(f'--export={export}: it exists and is not an empty folder, name another')
     if init_from == 'resume':
         path = os.path.join(out_dir or last_run(), {'best': 'model.pth', 'last': 'ckpt.pt'}[weights])
         checkpoint = load_checkpoint(path)
@@ -152,7 +153,6 @@ def main():
         return export_model(model, tokenizer)
     place_for_generation(model, run.device, run.dtype, quantize)
 
-    prompt = read_text(start[5:]) if start.startswith('FILE:') else start
     try:
         idx = encode_prompt(tokenizer, prompt, run.device)
     except ValueError as e:

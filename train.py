@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import cannot_write, configure, fail, lock, peak_flops, setup, torchrun
+from configurator import cannot_write, configure, fail, lock, out_of_memory, peak_flops, setup, torchrun
 from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
 from model import GPT, Dropout, GPTConfig, SkipInit
 
@@ -122,7 +122,8 @@ def check_settings(c):
     """Return what is wrong with the settings in dict c, as a list of sentences."""
     problems = []
     ranges = {
-        'at least 1': (lambda v: v >= 1, 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s'),
+        'at least 1': (lambda v: v >= 1, 'eval_interval log_interval gradient_accumulation_steps batch_size'),
+        'at least 1 and at most 1e9': (lambda v: 1 <= v <= 1e9, 'timeout_s'),
         'at least 0': (lambda v: v >= 0, 'eval_iters sample_tokens max_iters train_iters warmup_iters lr_decay_iters '
                                          'weight_decay grad_clip min_lr peak_tflops skip_batches'),
         'at least 0 and below 2**63': (lambda v: 0 <= v < 2**63, 'seed'),
@@ -182,7 +183,7 @@ def open_dataset(name, block_size, run):
     Prepares a missing Shakespeare; fails on any other missing dataset and on files that contradict each other.
     """
     folder = os.path.join(HERE, 'data', name)
-    if os.path.dirname(os.path.abspath(folder)) != os.path.join(HERE, 'data'):
+    if os.path.join(HERE, 'data', os.path.basename(os.path.abspath(folder))) != folder:
         fail(f'dataset={name}: dataset is the name of a folder in data/')
     files = [os.path.join(folder, f) for f in ('train.bin', 'val.bin', 'meta.json')]
     script = f'data/{name}/prepare.py'
@@ -201,12 +202,13 @@ def open_dataset(name, block_size, run):
     try:
         with open(files[2], encoding='utf-8') as f:
             meta = json.load(f)
-        if tokenizer_size(meta['tokenizer']) != meta['vocab_size'] or meta['dtype'] not in ('uint16', 'uint32'):
+        if tokenizer_size(meta['tokenizer']) != meta['vocab_size'] or type(meta['vocab_size']) is not int \
+                or meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError('vocab_size or dtype is wrong')
         counts, sizes = ([meta[key][split] for split in ('train', 'val')] for key in ('tokens', 'bytes'))
         if not all(type(n) is int and n >= 0 for n in counts + sizes) or 'sha256' not in meta:
             raise ValueError('tokens and bytes are numbers, sha256 says of what')
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         fail(f'{files[2]} is damaged ({type(e).__name__}: {e}): run python {script}')
     splits = [Tokens(path, block_size, meta['dtype'], meta['vocab_size']) for path in files[:2]]
     for tokens, count in zip(splits, counts):
@@ -225,7 +227,10 @@ class Tokens:
 
     def __init__(self, path, block_size, dtype='uint16', vocab_size=2**32):
         self.path, self.block_size, self.dtype, self.vocab_size = path, block_size, np.dtype(dtype), vocab_size
-        self.file = open(path, 'rb', buffering=0)
+        try:
+            self.file = open(path, 'rb', buffering=0)
+        except OSError as e:
+            fail(f'{path}: {e.strerror}')
         size = os.path.getsize(path)
         if size % self.dtype.itemsize:
             fail(f'{path}: {size} bytes are no whole number of {self.dtype.itemsize}-byte tokens, prepare the dataset anew')
@@ -326,7 +331,7 @@ def load_gpt2(init_from, block_size, dropout, run, tokenizer=None):
             run.once_per_node(lambda: gpt2_folder(init_from))
             folder = gpt2_folder(init_from)
         model = GPT.from_pretrained(folder, block_size, dropout)
-    except (ValueError, OSError, KeyError, TypeError) as e:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
         fail(f'--init_from={init_from}: {type(e).__name__}: {e}')
     if tokenizer and model.config.vocab_size < tokenizer.vocab_size:
         fail(f'--init_from={init_from}: it has a vocabulary of {model.config.vocab_size}, not GPT-2\'s, and such a folder holds no '
@@ -707,13 +712,15 @@ def read_checkpoint(path):
             updates = checkpoint['iter_num'] + checkpoint['skipped']
             checkpoint['position'] = updates * c['gradient_accumulation_steps'] * c['batch_size']
     needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict, 'iter_num': int}
-    if 'val_loss' not in checkpoint:  # of model.pth; ckpt.pt has more
+    if 'val_loss' in checkpoint:  # of model.pth; ckpt.pt has more
+        needed['val_loss'] = float
+    else:
         needed |= {'optimizer': list, 'scaler': dict, 'best_val_loss': float, 'train_seconds': float, 'data': dict,
                    'position': int}
     for key, kind in needed.items():
         if not isinstance(checkpoint.get(key), kind):
             raise ValueError(f'it has no {key}')
-    if not all(isinstance(v, torch.Tensor) for v in checkpoint['model'].values()):
+    if not all(isinstance(v, torch.Tensor) and v.layout == torch.strided for v in checkpoint['model'].values()):
         raise ValueError('its weights are no tensors')
     shapes = {k: v.shape for k, v in checkpoint['model'].items()}
     if 'shards' in checkpoint:
@@ -948,30 +955,42 @@ def check_space(out_dir, model, sharded, resumed):
 
 
 def keep_old_run(out_dir, names, run):
-    """Rename those files of an earlier run in out_dir, by its iteration and time, so that a new one destroys nothing."""
-    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
-    if not names:
-        return
-    path = os.path.join(out_dir, names[0])
-    stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(path)))
-    if (step := saved_step(path)) >= 0:
-        stamp = f'{step}-{stamp}'
+    """Rename those files of an earlier run in out_dir, by iteration and time, so that a new one destroys nothing."""
+    run_stamp = ''
     for name in names:
+        path = os.path.join(out_dir, name)
+        if not os.path.exists(path):
+            continue
+        stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(path)))
+        if (step := saved_step(path)) >= 0:
+            stamp = f'{step}-{stamp}'
+        run_stamp = run_stamp or stamp  # of ckpt.pt, which comes first
+        if '.pt' not in name:  # metrics.jsonl and loss.png are of no single step
+            stamp = run_stamp
         stem, extension = os.path.splitext(name)
         kept, n = f'{stem}-{stamp}{extension}', 1
         while os.path.exists(os.path.join(out_dir, kept)):
             n += 1
             kept = f'{stem}-{stamp}-{n}{extension}'
-        os.rename(os.path.join(out_dir, name), os.path.join(out_dir, kept))
+        os.rename(path, os.path.join(out_dir, kept))
         run.print(f'{out_dir} holds an earlier run: renamed {name} to {kept}')
+
+
+def read_runs():
+    """Return the lines of checkpoints.log: the directories of all runs, the most recent one last."""
+    log = os.path.join(HERE, 'checkpoints.log')
+    if not os.path.exists(log):
+        return []
+    with open(log, encoding='utf-8', errors='surrogateescape') as f:  # names need not be UTF-8
+        return f.read().splitlines()
 
 
 def remember_run(out_dir):
     """Make out_dir the last line of checkpoints.log beside this script, where sample.py looks."""
     log, line = os.path.join(HERE, 'checkpoints.log'), os.path.abspath(out_dir)
     try:
-        lines = open(log, encoding='utf-8').read().splitlines() if os.path.exists(log) else []
-        with open(f'{log}.{os.getpid()}.tmp', 'w', encoding='utf-8') as f:
+        lines = read_runs()
+        with open(f'{log}.{os.getpid()}.tmp', 'w', encoding='utf-8', errors='surrogateescape') as f:
             f.write('\n'.join([other for other in lines if other != line] + [line]) + '\n')
         os.replace(f'{log}.{os.getpid()}.tmp', log)
     except OSError as e:
@@ -986,7 +1005,7 @@ def read_metrics(path):
             for line in f:
                 with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get('step'), int)]
 
 
 def plot_losses(out_dir):
@@ -1100,6 +1119,8 @@ def main(config, checkpoint=None):
     if checkpoint:
         problems += [f'data/{dataset} has {k}={data[k]} but the checkpoint was trained with {k}={v}'
                      for k, v in checkpoint['data'].items() if data.get(k) != v]
+        if skip_batches < checkpoint['config'].get('skip_batches', 0):
+            problems.append(f'skip_batches={skip_batches} is below the {checkpoint["config"]["skip_batches"]} already jumped over')
         if checkpoint['tokenizer'] != tokenizer.to_dict():
             problems.append(f'data/{dataset} has another tokenizer than the checkpoint was trained with')
         if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):  # nanoGPT's has none
@@ -1158,7 +1179,8 @@ def main(config, checkpoint=None):
         for name, tokens in (('train', train_tokens), ('val', val_tokens)):
             loss = evaluate(model, tokens, eval_iters, batch_size, run)
             bits = loss / math.log(2) * meta['tokens'][name] / meta['bytes'][name]
-            run.print(f'{name}_loss={loss:.4f} perplexity={math.exp(loss):.3f} bits_per_byte={bits:.4f}')
+            perplexity = math.exp(loss) if loss < 700 else math.inf
+            run.print(f'{name}_loss={loss:.4f} perplexity={perplexity:.3f} bits_per_byte={bits:.4f}')
         return run.close()
 
     # files
@@ -1310,7 +1332,7 @@ if __name__ == '__main__':
         except KeyboardInterrupt:  # before the loop, which handles it itself
             fail('interrupted before training began', code=130)
         except RuntimeError as e:
-            if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):  # a CPU's has no class
+            if not out_of_memory(e):
                 raise
             fail(f'out of memory, halve batch_size and double gradient_accumulation_steps: {str(e).splitlines()[0]}', code=1)
     except SystemExit as e:

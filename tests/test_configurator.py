@@ -1,5 +1,7 @@
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -42,7 +44,8 @@ def test_values_take_the_type_of_the_default(namespace, argument, key, value):
 @pytest.mark.parametrize('argument, words', [
     ('--width=1.5', 'width is an integer'), ('--width=True', 'width is an integer'), ('--rate=fast', 'rate is a number'),
     ('--flag=1', 'flag is True or False'), ('--widht=3', "did you mean 'width'"), ('--width', '--key=value'),
-    ('-width=3', '--key=value'), ('nowhere.py', "no config file 'nowhere.py'"), ('--width=inf', 'width is an integer')])
+    ('-width=3', '--key=value'), ('nowhere.py', "no config file 'nowhere.py'"), ('--width=inf', 'width is an integer'), ('--width=1e30', 'width is an integer'),
+    ('--width=' + '1' * 400, 'width is an integer')])
 def test_a_mistake_ends_with_exit_code_2_and_one_line(namespace, capsys, argument, words):
     with pytest.raises(SystemExit) as e:
         configure(namespace, [argument])
@@ -61,10 +64,13 @@ def test_all_problems_are_reported_together(namespace, capsys, tmp_path):
 
 
 def test_later_arguments_win_and_files_read_earlier_values(namespace, tmp_path):
-    (tmp_path / 'c.py').write_text('import math\nfrom os import path\n_half = width / 2\ndef f(): pass\n'
+    (tmp_path / 'c.py').write_text('import math\nfrom os import path, environ\nfrom math import pi\n_half = width / 2\ndef f(): pass\n'
                                    'width = int(_half)\nrate = 3\n')
     config = configure(namespace, ['--width=20', str(tmp_path / 'c.py'), '--rate=0.5'])
     assert config['width'] == 10 and config['rate'] == 0.5 and namespace['_given'] == {'width', 'rate'}
+    # a value that was the default's is given as well, in a file as Windows' editor writes it
+    (tmp_path / 'c.py').write_text('\ufeffwidth = 4\nname = "x"\nflag = False\n', encoding='utf-8')
+    assert configure(namespace, [str(tmp_path / 'c.py')])['width'] == 4 and namespace['_given'] == {'width', 'name', 'flag'}
     # a second call starts from the defaults; saved settings come before arguments
     assert configure(namespace, ['--rate=2'], saved={'width': 7, 'rate': 9.0, 'gone': 1}) == \
         {'width': 7, 'rate': 2.0, 'name': 'x', 'flag': False, 'mode': 'auto'}
@@ -77,6 +83,13 @@ def test_an_error_in_a_config_file_names_file_and_line(namespace, capsys, tmp_pa
             configure(namespace, [str(tmp_path / 'bad.py')])
         err = capsys.readouterr().err
         assert e.value.code == 2 and f'line {line}' in err and words in err and 'Traceback' not in err
+    for source, words in ((b'# caf\xe9', 'UnicodeDecodeError'), (b'width = 3\0', 'null bytes'), (b'raise SystemExit', ', line 1: SystemExit'),
+                          (b'rate = 10**400', 'rate is a number')):
+        (tmp_path / 'bad.py').write_bytes(source)
+        with pytest.raises(SystemExit) as e:
+            configure(namespace, [str(tmp_path / 'bad.py')])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and len(err.splitlines()) == 1 and words in err and 'line None' not in err
 
 
 def test_help_lists_every_key_with_default_comment_and_heading(namespace, capsys):
@@ -91,7 +104,7 @@ def test_help_lists_every_key_with_default_comment_and_heading(namespace, capsys
 
 def test_help_of_every_script_explains_every_key(project):
     import train
-    for name, keys in (('train.py', train._defaults if hasattr(train, '_defaults') else ['out_dir']),
+    for name, keys in (('train.py', configure(vars(train), [])),
                        ('sample.py', ['start', 'top_p']), ('bench.py', ['bench_steps', 'n_layer'])):
         out, err = script(project, name, '--help')
         assert not err
@@ -102,8 +115,6 @@ def test_help_of_every_script_explains_every_key(project):
 def test_importing_a_script_reads_no_arguments_and_prints_nothing(project):
     out, err = script(project, '../' + os.path.basename(project) + '/configurator.py')
     code = "import sys; sys.argv = ['x', '--bogus=1']; import train, sample, bench, model"
-    import subprocess
-    import sys
     done = subprocess.run([sys.executable, '-c', code], cwd=project, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
@@ -150,7 +161,8 @@ def test_random_streams_depend_on_seed_stream_and_index_alone():
 def test_gpu_peaks_are_found_by_name(monkeypatch):
     run = Run(torch.device('cuda'), torch.bfloat16, False, 0, 0, 1, 1)
     for name, peak in (('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA A100-SXM4-40GB', 312e12),
-                       ('NVIDIA L40S', 362e12), ('NVIDIA L4', 121e12), ('Tesla T4', 65e12), ('NVIDIA Mystery 9', None)):
+                       ('NVIDIA L40S', 362e12), ('NVIDIA GeForce RTX 3090', 71e12), ('NVIDIA GeForce RTX 3090 Ti', None), ('NVIDIA H200 NVL', None),
+                       ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA L4', 121e12), ('Tesla T4', 65e12), ('NVIDIA Mystery 9', None)):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: name)
         assert configurator.peak_flops(run) == peak, name
 
@@ -183,3 +195,11 @@ def test_short_runs_and_cpus_are_not_compiled(monkeypatch):
             m.setattr(module, name, lambda *args: value)
             m.delenv('CC', raising=False)
             assert not worth_compiling('cuda', 5000)
+
+
+def test_a_reader_that_leaves_and_too_little_memory_are_no_tracebacks():
+    code = 'import sys, configurator; sys.excepthook = configurator.excepthook; '
+    for end, words in (('raise BrokenPipeError()', ''), ('import torch; torch.empty(2**60)', 'error: out of memory: '),
+                       ('raise MemoryError()', 'error: out of memory: '), ('raise KeyboardInterrupt()', '')):
+        done = subprocess.run([sys.executable, '-c', code + 'print("x"); ' + end], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode and done.stderr.startswith(words) and len(done.stderr.splitlines()) == bool(words), end

@@ -386,6 +386,9 @@ def test_a_bad_stretch_of_data_can_be_skipped_from_the_previous_checkpoint(train
     kept = [f for f in os.listdir(out) if re.fullmatch(r'model-9-.*\.pth', f)]  # which what comes now could have replaced
     assert len(kept) == 1 and load(out, kept[0])['val_loss'] == best['val_loss']
     assert resumed['iter_num'] == 8 and resumed['position'] == (8 + 5) * 4 and load(out, 'ckpt_prev.pt')['iter_num'] == 6
+    with pytest.raises(SystemExit) as e:
+        train_run('--init_from=resume', '--skip_batches=4')
+    assert e.value.code == 2 and 'skip_batches=4 is below the 5 already jumped over' in capsys.readouterr().err
     # and stays so, also where torchrun starts the same command again
     assert train_run('--init_from=resume', '--skip_batches=5', '--train_iters=1')['position'] == (9 + 5) * 4
     # the batches are those of updates 11 and 12 of a run that skips nothing
@@ -599,6 +602,28 @@ def test_the_best_are_the_best_of_the_trained_weights(train_run, tmp_path):
     assert (saved['iter_num'], saved['val_loss']) == (best['step'], best['val_loss'])
 
 
+def test_an_error_of_torch_without_words_is_named(train_run, tmp_path, monkeypatch):
+    train_run(*FAST, '--max_iters=3')
+
+    def load(*args, **kwargs):
+        raise EOFError
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(ValueError, match='torch refuses it: EOFError'):
+        train.read_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda c: c.update(val_loss='x'), 'no val_loss'), (lambda c: c['model_args'].update(n_head=2.0), 'n_head=2.0 is no int'),
+    (lambda c: c['model'].update({'lm_head.weight': c['model']['lm_head.weight'].to_sparse()}), 'weights are no tensors')])
+def test_values_of_another_type_in_a_checkpoint_are_refused(train_run, tmp_path, damage, words):
+    train_run(*FAST, '--max_iters=3')
+    checkpoint = load(tmp_path / 'out', 'model.pth')
+    damage(checkpoint)
+    torch.save(checkpoint, tmp_path / 'out' / 'model.pth')
+    with pytest.raises(ValueError, match=words):
+        train.read_checkpoint(str(tmp_path / 'out' / 'model.pth'))
+
+
 def test_a_flipped_bit_in_a_tensor_is_found(train_run, tmp_path):
     train_run(*FAST, '--max_iters=3')
     flips(tmp_path / 'out', 20, seed=1)
@@ -636,6 +661,7 @@ def test_a_checkpoint_of_nanogpt_loads_for_resume_and_sampling(train_run, projec
     ('short', 'fewer than block_size + 1 = 33'), ('cut', 'instead of'), ('ids', 'outside the vocabulary of 92'),
     ('no meta', 'no meta.json'), ('bad meta', 'meta.json is damaged'), ('half meta', 'meta.json is damaged'),
     ('text for a tokenizer', 'meta.json is damaged'), ('text for a count', 'meta.json is damaged'),
+    ('broken number', 'meta.json is damaged'), ('folder', 'Is a directory'), ('slash', 'dataset is the name of a folder in data/'),
     ('outside', 'dataset is the name of a folder in data/')])
 def test_bad_data_is_an_error_before_the_model_is_built(project, train_run, tmp_path, capsys, kind, words, monkeypatch):
     folder = project / 'data' / 'broken'
@@ -668,10 +694,16 @@ def test_bad_data_is_an_error_before_the_model_is_built(project, train_run, tmp_
             meta = json.load(open(folder / 'meta.json'))
             meta |= {'tokenizer': 'char'} if 'tokenizer' in kind else {'tokens': {'train': '9', 'val': '9'}}
             json.dump(meta, open(folder / 'meta.json', 'w'))
+        elif kind == 'broken number':
+            meta = json.load(open(folder / 'meta.json'))
+            json.dump(meta | {'vocab_size': float(meta['vocab_size'])}, open(folder / 'meta.json', 'w'))
+        elif kind == 'folder':
+            (folder / 'train.bin').unlink()
+            (folder / 'train.bin').mkdir()
         before = snapshot(project / 'data')
         t0 = time.monotonic()
         with pytest.raises(SystemExit) as e:
-            train_run('--dataset=../topics' if kind == 'outside' else '--dataset=broken')
+            train_run('--dataset=' + {'outside': '../topics', 'slash': 'topics/'}.get(kind, 'broken'))
         err = capsys.readouterr().err
         assert e.value.code == 2 and words in err and err.splitlines()[-1].startswith('error: ') and time.monotonic() - t0 < 10
         assert snapshot(project / 'data') == before and not os.path.exists(tmp_path / 'out')

@@ -79,7 +79,8 @@ def test_state_dict_has_gpt2s_keys():
 
 
 @pytest.mark.parametrize('bad', [dict(n_embd=33), dict(dropout=1.0), dict(activation='swish'), dict(norm='batch'),
-                                 dict(n_layer=0), dict(softcap=-1.0), dict(n_embd=6, n_head=2, rotary=True)])
+                                 dict(n_layer=0), dict(softcap=-1.0), dict(n_embd=6, n_head=2, rotary=True),
+                                 dict(n_embd=1, n_head=1, token_shift=True), dict(n_head=2.0)])
 def test_senseless_shapes_are_refused(bad):
     with pytest.raises(ValueError, match=list(bad)[0]):
         GPTConfig(**SMALL | bad)

@@ -172,3 +172,22 @@ def test_a_model_that_gpt2_cannot_express_is_not_exported(train_run, tmp_path, s
     with pytest.raises(SystemExit) as e:
         sampled(f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}')
     assert e.value.code == 2 and 'rotary=True has no counterpart' in capsys.readouterr().err and not (tmp_path / 'hf').exists()
+
+
+def test_the_list_of_runs_may_be_empty_and_hold_any_name(trained, sampled, train_run, tmp_path, capsys):
+    log = os.path.join(train.HERE, 'checkpoints.log')
+    open(log, 'w').close()
+    with pytest.raises(SystemExit) as e:
+        sampled()
+    assert e.value.code == 2 and 'nothing has been trained yet' in capsys.readouterr().err
+    odd = os.fsdecode(os.fsencode(tmp_path) + b'/\xff')
+    train_run('--max_iters=5', out=odd)
+    assert train.read_runs() == [odd] and sample.last_run() == odd
+
+
+@pytest.mark.parametrize('mistake, words', [('--start=FILE:/nonexistent', '/nonexistent: No such file'), ('--export=/', 'not an empty folder')])
+def test_mistakes_are_found_before_weights_are_fetched(sampled, monkeypatch, capsys, mistake, words):
+    monkeypatch.setattr(sample, 'load_gpt2', None)
+    with pytest.raises(SystemExit) as e:
+        sampled('--init_from=gpt2', mistake)
+    assert e.value.code == 2 and words in capsys.readouterr().err

@@ -335,7 +335,7 @@ def test_exactly_max_iters_updates_and_the_last_weights_are_evaluated_and_saved(
 def test_resuming_drops_the_metrics_past_the_checkpoint(train_run, tmp_path):
     train_run('--train_iters=5')
     with open(tmp_path / 'out' / 'metrics.jsonl', 'a') as f:
-        f.write('{"step": 3, "l\n{"step": 6, "loss": 99}\n{"step": 7, "lo')  # a crash: past the checkpoint, and cut short
+        f.write('{"step": 3, "l\n{"step": 6, "loss": 99}\n5\n{"step": 7, "lo')  # a crash: past the checkpoint, and cut short
     train_run('--init_from=resume')
     assert [r['step'] for r in metrics(tmp_path / 'out')[0]] == list(range(1, 11))
 
@@ -366,6 +366,13 @@ def test_starting_anew_destroys_nothing(train_run, tmp_path, capsys):
     assert len(kept) == 1 and f'renamed ckpt.pt to {kept[0]}' in capsys.readouterr().out
     assert same_tensors(torch.load(tmp_path / 'out' / kept[0])['model'], first['model'])
     assert any(re.fullmatch(r'model-5-.*\.pth', f) for f in os.listdir(tmp_path / 'out'))
+    # each by its own step
+    train_run('--max_iters=6', '--eval_interval=3', '--learning_rate=1', '--warmup_iters=0', out=tmp_path / 'two')
+    best = torch.load(tmp_path / 'two' / 'model.pth')['iter_num']
+    train_run('--max_iters=3', out=tmp_path / 'two')
+    kept = ' '.join(os.listdir(tmp_path / 'two'))
+    assert re.search(r'\bckpt-6-', kept) and re.search(r'\bckpt_prev-3-', kept) and re.search(rf'\bmodel-{best}-', kept)
+    assert re.search(r'\bmetrics-6-.*\.jsonl', kept)
 
 
 def test_model_pth_is_the_best_and_checkpoints_need_no_pickle(train_run, tmp_path):
@@ -471,6 +478,13 @@ def test_eval_only_prints_losses_and_writes_nothing(train_run, tmp_path, capsys)
         assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
         assert float(bits) == pytest.approx(float(loss) / math.log(2), abs=1e-3)
     assert not os.path.exists(tmp_path / 'out')
+
+
+def test_a_loss_beyond_every_perplexity_is_printed(train_run, capsys, monkeypatch):
+    monkeypatch.setattr(train, 'evaluate', lambda *a: 1e4)
+    with pytest.raises(FileNotFoundError):
+        train_run('--eval_only=True')
+    assert 'val_loss=10000.0000 perplexity=inf' in capsys.readouterr().out
 
 
 def test_loss_png_is_drawn_where_matplotlib_is(train_run, tmp_path):
