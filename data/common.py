@@ -142,15 +142,16 @@ def download_resumable(url, path, sha256=None):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(part, 'ab') as f:
             lock(f)
-            if os.path.exists(path):
-                return  # another process was faster
+            if os.path.exists(path):  # another process was faster
+                if os.path.exists(part) and not os.path.getsize(part):
+                    os.remove(part)
+                return
             append_rest(f, url)
             with open(part, 'rb') as whole:
-                wrong = 'a web page instead of the file' if whole.read(64).lstrip()[:1] == b'<' else \
-                    'another sha256 than expected' if sha256 and sha256_file(part) != sha256 else ''
-            if wrong:
+                page = whole.read(64).lstrip().lower().startswith((b'<!', b'<html', b'<?xml'))
+            if page or sha256 and sha256_file(part) != sha256:
                 f.truncate(0)
-                raise DownloadError(f'{url}: {wrong}')
+                raise DownloadError(f'{url}: ' + ('a web page instead of the file' if page else 'another sha256 than expected'))
         os.replace(part, path)
     except BlockingIOError:
         raise DownloadError(f'{url}: another process is downloading it to {part}')

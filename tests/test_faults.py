@@ -2,6 +2,7 @@
 Faults on purpose: signals, kills, full disks, damaged files, hanging processes. The README's table of promises names
 these tests. `python -m pytest -m slow` runs the long versions.
 """
+import errno
 import gc
 import json
 import os
@@ -196,6 +197,40 @@ def test_shards_of_a_save_that_was_cut_off_are_removed_before_space_is_counted(t
     monkeypatch.setattr(train, 'check_space', lambda out_dir, *_: found.extend(f for f in os.listdir(out_dir) if 'shards' in f))
     train_run(*FAST, '--max_iters=1')
     assert sorted(found) == ['shards-2-1', 'shards-mine']
+
+
+def test_wandb_and_tensorboard_get_every_row(train_run, tmp_path, monkeypatch):
+    rows, scalars, purged = [], [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            purged.append(purge_step)
+
+        def add_scalar(self, key, value, step):
+            scalars.append((key, value, step))
+
+        def close(self):
+            scalars.append('closed')
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=lambda **k: rows.append(k), log=lambda row, step: rows.append(row)))
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
+    train_run(*FAST, '--max_iters=6', '--train_iters=3', '--wandb_log=True', '--wandb_project=p', '--tensorboard=True')
+    train_run('--init_from=resume')
+    written = [row for part in metrics(tmp_path / 'out') for row in part]
+    starts = [row for row in rows if 'project' in row]
+    assert [row['project'] for row in starts] == ['p', 'p'] and starts[0]['config']['n_embd'] == 32
+    assert sorted((r for r in rows if 'project' not in r), key=str) == sorted(written, key=str)
+    assert {(k, v, r['step']) for r in written for k, v in r.items() if v is not None} == {s for s in scalars if s != 'closed'}
+    assert purged == [None, 4] and scalars.count('closed') == 2
+
+
+def test_without_hard_links_the_previous_checkpoint_is_a_copy(train_run, tmp_path, monkeypatch):
+    def link(*args):
+        raise OSError(errno.EPERM, 'Operation not permitted')
+    monkeypatch.setattr(os, 'link', link)
+    train_run(*FAST, '--max_iters=6')
+    out = tmp_path / 'out'
+    assert load(out, 'ckpt_prev.pt')['iter_num'] == 3 and load(out, 'ckpt.pt')['iter_num'] == 6
+    assert not [f for f in os.listdir(out) if f.endswith('.tmp')]
 
 
 def test_a_wandb_that_does_not_start_changes_nothing(train_run, tmp_path, monkeypatch, capsys):
