@@ -190,7 +190,7 @@ def configure(namespace, argv=None, saved=None):
         for key, value in scratch.items():
             # what the file imports, and functions in it, are its own business
             private = key.startswith('_') or callable(value) or type(value) is type(sys)
-            if key in assigned and not private or key in defaults and (key in assigned or value is not config[key]):
+            if key in assigned and not private or key in defaults and value is not config[key]:
                 override(key, value, f'{arg}: ')
     if problems:
         fail(*problems)

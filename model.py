@@ -64,6 +64,24 @@ class GPTConfig:
         if problems:
             raise ValueError('; '.join(problems))
 
+    @classmethod
+    def from_pretrained(cls, folder, block_size=0, dropout=0.0):
+        """Return the shape of the GPT-2 in folder, as GPT.from_pretrained does, from its config.json alone."""
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            c = json.load(f)
+        activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+        if c.get('model_type') != 'gpt2' or c.get('activation_function', 'gelu_new') not in activations:
+            raise ValueError(f'{folder}/config.json does not describe a GPT-2')
+        for key, ours in (('layer_norm_epsilon', 1e-5), ('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False)):
+            if c.get(key, ours) != ours:
+                raise ValueError(f'{folder}/config.json has {key}={c[key]}, this GPT-2 computes with {ours}')
+        if not 0 <= block_size <= c['n_positions']:
+            raise ValueError(f'block_size={block_size}: this model has {c["n_positions"]} positions')
+        return cls(
+            block_size=block_size or c['n_positions'], vocab_size=c['vocab_size'], n_layer=c['n_layer'], n_head=c['n_head'],
+            n_embd=c['n_embd'], dropout=dropout, bias=True, activation=activations[c.get('activation_function', 'gelu_new')],
+            tie_weights=c.get('tie_word_embeddings', True))
+
 
 class SquaredReLU(torch.autograd.Function):
     """relu(x)**2. Its own backward has two operations instead of the five of torch's, and keeps one tensor instead of two."""
@@ -296,22 +314,8 @@ class GPT(nn.Module):
 
         block_size > 0 keeps only the first so many positions. ValueError where the folder holds something else.
         """
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            c = json.load(f)
-        activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
-        if c.get('model_type') != 'gpt2' or c.get('activation_function', 'gelu_new') not in activations:
-            raise ValueError(f'{folder}/config.json does not describe a GPT-2')
-        for key, ours in (('layer_norm_epsilon', 1e-5), ('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False)):
-            if c.get(key, ours) != ours:
-                raise ValueError(f'{folder}/config.json has {key}={c[key]}, this GPT-2 computes with {ours}')
-        if not 0 <= block_size <= c['n_positions']:
-            raise ValueError(f'block_size={block_size}: this model has {c["n_positions"]} positions')
         with SkipInit():
-            model = cls(GPTConfig(
-                block_size=block_size or c['n_positions'], vocab_size=c['vocab_size'], n_layer=c['n_layer'],
-                n_head=c['n_head'], n_embd=c['n_embd'], dropout=dropout, bias=True,
-                activation=activations[c.get('activation_function', 'gelu_new')],
-                tie_weights=c.get('tie_word_embeddings', True)))
+            model = cls(GPTConfig.from_pretrained(folder, block_size, dropout))
         tensors = read_safetensors(os.path.join(folder, 'model.safetensors'))
         own = model.state_dict()
         loaded = set()

@@ -31,7 +31,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from configurator import cannot_write, configure, fail, lock, out_of_memory, peak_flops, setup, torchrun
-from data.common import GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
+from data.common import GPT2_FILES, GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
 from model import GPT, Dropout, GPTConfig, SkipInit
 
 # -----------------------------------------------------------------------------
@@ -149,6 +149,8 @@ def check_settings(c):
     if c['init_from'] not in ('scratch', 'resume', 'auto', *GPT2_NAMES) and not os.path.isdir(c['init_from']):
         problems.append(f'init_from={c["init_from"]}: init_from is one of scratch, resume, auto, {", ".join(GPT2_NAMES)}, '
                         'or a folder with config.json and model.safetensors')
+    if c['decay_lr'] and 0 < c['lr_decay_iters'] < c['warmup_iters']:
+        problems.append(f'lr_decay_iters={c["lr_decay_iters"]} is before the end of warmup_iters={c["warmup_iters"]}')
     if c['decay_lr'] and c['min_lr'] > c['learning_rate']:
         problems.append(f'min_lr={c["min_lr"]} is above learning_rate={c["learning_rate"]}')
     return problems
@@ -320,17 +322,18 @@ def divide(c, run):
 # -----------------------------------------------------------------------------
 # optimization
 
-def load_gpt2(init_from, block_size, dropout, run, tokenizer=None):
-    """Return the GPT-2 named by init_from, one of GPT2_NAMES or a folder; a rank of each node downloads, the others wait.
+def load_gpt2(init_from, block_size, dropout, run, tokenizer=None, kind=GPT):
+    """Return the GPT-2 named by init_from, one of GPT2_NAMES or a folder, or with kind=GPTConfig its shape alone.
 
-    Fails where its vocabulary does not hold tokenizer's.
+    A rank of each node downloads, the others wait. Fails where its vocabulary does not hold tokenizer's.
     """
     try:
         folder = init_from
         if init_from in GPT2_NAMES:
-            run.once_per_node(lambda: gpt2_folder(init_from))
-            folder = gpt2_folder(init_from)
-        model = GPT.from_pretrained(folder, block_size, dropout)
+            files = GPT2_FILES if kind is GPT else GPT2_FILES[:1]
+            run.once_per_node(lambda: gpt2_folder(init_from, files))
+            folder = gpt2_folder(init_from, files)
+        model = kind.from_pretrained(folder, block_size, dropout)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
         fail(f'--init_from={init_from}: {type(e).__name__}: {e}')
     if tokenizer and model.config.vocab_size < tokenizer.vocab_size:
@@ -1108,8 +1111,7 @@ def main(config, checkpoint=None):
     if checkpoint:
         shape = GPTConfig(**checkpoint['model_args'] | {'dropout': dropout})
     elif pretrained:
-        model = load_gpt2(init_from, block_size, dropout, run)
-        shape = model.config
+        shape = load_gpt2(init_from, block_size, dropout, run, kind=GPTConfig)  # before gigabytes are fetched for nothing
     else:
         shape = model_shape(config, meta['vocab_size'])
     problems = [f'{k}={config[k]} but the model of init_from={init_from} has {k}={v}'
@@ -1134,6 +1136,8 @@ def main(config, checkpoint=None):
         fail(f'data/{dataset} has {data["tokens"]} tokens for rank {run.rank}, and not the same for others: prepare it '
              'alike on every node')
     config = config | {k: v for k, v in dataclasses.asdict(shape).items() if k in config}
+    if pretrained:
+        model = load_gpt2(init_from, block_size, dropout, run)
     if run.is_main and not eval_only:
         lock_file = claim(out_dir)  # held until this process ends
         if checkpoint and saved_step(os.path.join(out_dir, ckpt)) != checkpoint['iter_num']:

@@ -362,18 +362,18 @@ def tokenizer_from_dict(d):
 # OpenAI's GPT-2
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+GPT2_FILES = ('config.json', 'model.safetensors')
 
 
 def hub_address():
     return os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
 
 
-def gpt2_folder(name):
-    """Return the folder with config.json and model.safetensors of one of GPT2_NAMES, downloading them if need be.
+def gpt2_folder(name, files=GPT2_FILES):
+    """Return the folder with these files of one of GPT2_NAMES, downloading them if need be.
 
     Hugging Face's own cache ($HF_HOME) is used where it has them, else data/gpt2_weights. HF_ENDPOINT names a mirror.
     """
-    files = ('config.json', 'model.safetensors')
     hub = os.path.join(os.environ.get('HF_HOME', os.path.expanduser('~/.cache/huggingface')), 'hub')
     for repository in (f'models--openai-community--{name}', f'models--{name}'):
         for folder in glob.glob(os.path.join(hub, repository, 'snapshots', '*')):

@@ -318,6 +318,7 @@ def test_a_part_that_is_no_beginning_of_the_file_is_fetched_anew(hub, tmp_path, 
     (tmp_path / 'file.part').write_bytes(body)  # whole, but the run ended before its name
     common.download_resumable(f'{hub}/file', str(path))
     assert path.read_bytes() == body and os.listdir(tmp_path) == ['file']
+    assert Hub.requests[-1] == ('/file', len(body) if ranges else 0)  # fetched again only where that cannot be known
 
 
 def test_a_page_with_status_200_is_not_joined_to_what_is_there(hub, tmp_path):
@@ -568,6 +569,20 @@ def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(hub, tmp_p
     cached = tmp_path / 'cache' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
     shutil.copytree(folder, cached)
     assert common.gpt2_folder('gpt2') == str(cached)
+
+
+def test_a_contradiction_is_found_before_weights_are_fetched(hub, tmp_path, monkeypatch, capsys, train_run):
+    monkeypatch.setattr(common, 'DATA_DIR', str(tmp_path / 'data'))
+    monkeypatch.setenv('HF_ENDPOINT', hub)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    gpt2_like(tmp_path / 'made')
+    base = '/openai-community/gpt2/resolve/main/'
+    Hub.files = {base + f: (tmp_path / 'made' / f).read_bytes() for f in ('config.json', 'model.safetensors')}
+    with pytest.raises(SystemExit) as e:
+        train_run('--init_from=gpt2', '--n_layer=5')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and 'n_layer=5 but the model of init_from=gpt2 has' in err and 'topics has a vocabulary of' in err
+    assert [path for path, _ in Hub.requests] == [base + 'config.json'] and not (tmp_path / 'out').exists()
 
 
 def test_the_tokenizers_files_are_read_by_transformers(bpe, tmp_path):
