@@ -331,6 +331,8 @@ if __name__ == '__main__':
         fail('--baseline is in float32, without --dtype and --compile')
     if task not in ('speed', 'sample', 'hellaswag') or task == 'hellaswag' and init_from in ('scratch', 'resume', 'auto'):
         fail(f'--task={task}: task is speed, sample, or hellaswag with --init_from=gpt2, -medium, -large, -xl or a folder')
+    if task != 'hellaswag' and init_from != 'scratch':
+        fail(f'--init_from={init_from} is for --task=hellaswag: speed is that of new weights, --init_from=scratch')
     if task == 'hellaswag':
         run_hellaswag()
     elif compare:
