@@ -81,10 +81,12 @@ def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0):
             status, given = response.status_code, response.headers.get('Content-Range', '')
             if start and status == 416 and given == f'bytes */{start}':
                 return  # nothing lies behind the last byte: all had arrived
-            if start and (status in (200, 416) or status == 206 and not given.startswith(f'bytes {start}-')):
-                raise NotResumable(f'{url}: not given from byte {start:,} on')
-            if status not in (200, 206):
+            if status not in (200, 206) and not (start and status == 416):
                 raise DownloadError(f'{url}: HTTP status {status}')
+            if status != 416 and response.headers.get('Content-Type', '').startswith('text/html'):  # to log in, say
+                raise DownloadError(f'{url}: a web page instead of the file')
+            if start and not (status == 206 and given.startswith(f'bytes {start}-')):
+                raise NotResumable(f'{url}: not given from byte {start:,} on')
             length = response.headers.get('Content-Length', '')
             total = size or (int(length) + start if length.isdigit() else None)
             if not total and not sha256 and response.headers.get('Transfer-Encoding') != 'chunked':

@@ -241,7 +241,7 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """Serves the dict `files`, with byte ranges or without; closes the connection after `budget` bytes in all, once."""
-    files, budget, requests, ranges, length, pace = {}, None, [], True, True, 0
+    files, budget, requests, ranges, length, pace, kind = {}, None, [], True, True, 0, ''
 
     def do_GET(self):
         body = self.files.get(self.path)
@@ -254,6 +254,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header('Content-Range', f'bytes */{len(body)}' if start >= len(body) else
                              f'bytes {start}-{len(body) - 1}/{len(body)}')
         body = body[start:]
+        if Hub.kind:
+            self.send_header('Content-Type', Hub.kind)
         if Hub.length:
             self.send_header('Content-Length', str(len(body)))
         self.end_headers()
@@ -271,7 +273,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub():
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     httpd.handle_error = lambda *_: None
-    Hub.files, Hub.budget, Hub.requests, Hub.ranges, Hub.length, Hub.pace = {}, None, [], True, True, 0
+    Hub.files, Hub.budget, Hub.requests, Hub.ranges, Hub.length, Hub.pace, Hub.kind = {}, None, [], True, True, 0, ''
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{httpd.server_port}'
     httpd.shutdown()
@@ -328,8 +330,12 @@ def test_a_page_with_status_200_is_not_joined_to_what_is_there(hub, tmp_path):
     with pytest.raises(common.DownloadError, match='a web page instead of the file'):
         common.download_resumable(f'{hub}/file', str(path))
     assert os.listdir(tmp_path) == []
-    Hub.files = {'/file': body}
     (tmp_path / 'file.part').write_bytes(body[:100])
+    Hub.kind = 'text/html; charset=utf-8'  # what says that it is a page costs nothing of what is there
+    with pytest.raises(common.DownloadError, match='a web page instead of the file'):
+        common.download_resumable(f'{hub}/file', str(path))
+    assert (tmp_path / 'file.part').read_bytes() == body[:100]
+    Hub.files, Hub.kind = {'/file': body}, 'application/octet-stream'
     common.download_resumable(f'{hub}/file', str(path))
     assert path.read_bytes() == body
 
