@@ -1258,7 +1258,7 @@ def main(config, checkpoint=None):
             if best:
                 best_val_loss = val_loss
             run.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} '
-                      f'best_val_loss={best_val_loss:.4f} train_seconds={train_seconds:.1f} '
+                      f'best_val_loss={min(best_val_loss, val_loss):.4f} train_seconds={train_seconds:.1f} '
                       f'(evaluated in {time.perf_counter() - t1:.1f} s)')
             if run.is_main:
                 metrics.write(step=it, train_loss=train_loss, val_loss=val_loss, train_seconds=train_seconds)

@@ -95,9 +95,7 @@ def test_hellaswag_scores_equal_a_direct_computation(run):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--init_from=gpt2'], '--init_from=gpt2 is for --task=hellaswag'), (['--task=hellaswag'], 'hellaswag with --init_from'),
-    (['--baseline=True', '--dtype=bfloat16'], 'without --dtype'), (['--compare=1', '--rotary=True'], 'without rotary'),
-    (['--bench_steps=0'], 'bench_steps is at least 1')])
+    (['--init_from=gpt2'], '--init_from=gpt2 is for --task=hellaswag'), (['--compare=1', '--rotary=True'], 'without rotary')])
 def test_mistakes_end_with_one_line(project, arguments, words):
     _, err = script(project, 'bench.py', *arguments, code=2)
     assert err.startswith('error: ') and words in err and len(err.splitlines()) == 1
