@@ -26,7 +26,11 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
   rotary in bfloat16 and the shift by chunk() instead of slices, an update of the speedrun takes 172 ms with AMX instead of 199
 - torch.compile: 4.05 s instead of 3.96, but 2.4 GB instead of 3.0 (as one graph, with keep_memory, beside which torch 2.13 may
   crash unless AOTAutograd's cache is off), for 40 s of compilation; 4 layers, 128 wide, 12 x 64: 27 ms instead of 21. With AMX, as
-  many graphs, 1.84 s instead of 1.55, for the speedrun 166 ms instead of 172
+  many graphs, 1.84 s instead of 1.55, for the speedrun 166 ms instead of 172. Its kernels are several passes each: LayerNorm
+  with dropout and sum 10 ms, where five operations take 6, a mask's random bytes 5 instead of 2.4, GELU the same
+- a single sequence of 128 tokens moves some 600 MB an update: weights to bfloat16, gradients to float32, norm, clipping, AdamW.
+  Clipping within AdamW (its grad_scale) would save 3 to 4 of 59 ms; Muon and float16's scaler would need the other way as well
+- the first update takes longer by what the machine takes to give memory out: 3 GB 0.6 s, in a virtual machine 6.5 the first time
 - with AMX (2-core Intel Xeon) the reference's update is 1.5 s: 0.5 s of matrix products (weight gradients at 1.4 TFLOP/s, the
   others at 3 to 3.9), 0.4 attention, 0.16 GELU, the rest passes over activations. A quarter of the batch at a time, to fit the
   caches: 1.65 s. (Before the residual stream in bfloat16, attention by products and the mask above)
