@@ -77,6 +77,11 @@ def lock(file):
         return e.strerror
 
 
+def lost_process(e):
+    """fail, as the machine's fault, with the exception e that came of waiting for another process."""
+    fail(f'another process has ended, or has not answered within timeout_s: {str(e).splitlines()[0]}', code=1)
+
+
 def out_of_memory(e):
     """Whether the exception e says that; on a CPU it has no class of its own."""
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
@@ -285,7 +290,7 @@ class Run:
             try:
                 dist.all_reduce(tensor)
             except RuntimeError as e:
-                fail(f'another process has ended, or has not answered within timeout_s: {str(e).splitlines()[0]}', code=1)
+                lost_process(e)
         return tensor
 
     def gather(self, x):

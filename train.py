@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import cannot_write, configure, fail, lock, out_of_memory, peak_flops, setup, torchrun
+from configurator import cannot_write, configure, fail, lock, lost_process, out_of_memory, peak_flops, setup, torchrun
 from data.common import GPT2_FILES, GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
 from model import GPT, Dropout, GPTConfig, SkipInit
 
@@ -1336,9 +1336,11 @@ if __name__ == '__main__':
         except KeyboardInterrupt:  # before the loop, which handles it itself
             fail('interrupted before training began', code=130)
         except RuntimeError as e:
-            if not out_of_memory(e):
-                raise
-            fail(f'out of memory, halve batch_size and double gradient_accumulation_steps: {str(e).splitlines()[0]}', code=1)
+            if out_of_memory(e):
+                fail(f'out of memory, halve batch_size and double gradient_accumulation_steps: {str(e).splitlines()[0]}', code=1)
+            if isinstance(e, torch.distributed.DistError) or 'gloo' in str(e):  # gloo's own errors have no class
+                lost_process(e)
+            raise
     except SystemExit as e:
         code = e.code
     if torchrun('WORLD_SIZE', 1) > 1:
