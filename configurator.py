@@ -52,13 +52,21 @@ def fail(*problems, code=2):
     raise SystemExit(code)
 
 
-def cannot_write(path, e, more=''):
-    """fail, as the machine's fault, with the exception e that came of writing path, and the space that is left there."""
+def first_line(e):
+    """The first line of what the exception e says, or its name where it says nothing."""
+    return (str(e) or repr(e)).splitlines()[0]
+
+
+def cannot_write(path, e, more='', name=''):
+    """fail, as the machine's fault, with the exception e that came of writing path, and the space that is left there.
+
+    name: what to call it, instead of path.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    reason = getattr(e, 'strerror', None) or str(e).partition('\n')[0]
-    fail(f'cannot write {path} ({reason}): {shutil.disk_usage(folder).free / 1e6:.1f} MB are free{more}', code=1)
+    reason = getattr(e, 'strerror', None) or first_line(e)
+    fail(f'cannot write {name or path} ({reason}): {shutil.disk_usage(folder).free / 1e6:.1f} MB are free{more}', code=1)
 
 
 def lock(file):
@@ -79,7 +87,7 @@ def lock(file):
 
 def lost_process(e):
     """fail, as the machine's fault, with the exception e that came of waiting for another process."""
-    fail(f'another process has ended, or has not answered within timeout_s: {str(e).splitlines()[0]}', code=1)
+    fail(f'another process has ended, or has not answered within timeout_s: {first_line(e)}', code=1)
 
 
 def out_of_memory(e):
@@ -90,7 +98,7 @@ def out_of_memory(e):
 def excepthook(kind, value, trace):
     """Python's own, but without a traceback for Ctrl-C, too little memory, and a reader of our output that has left."""
     if out_of_memory(value):
-        print(f'error: out of memory: {str(value).partition(chr(10))[0]}', file=sys.stderr)
+        print(f'error: out of memory: {first_line(value)}', file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is still to be written goes
     elif kind is not KeyboardInterrupt:
@@ -297,7 +305,6 @@ class Run:
         """Return what each process gives as x, anything, in the order of their ranks."""
         everyones = [x] * self.world_size
         if self.world_size > 1:
-            self.barrier()  # one line, and no traceback, where another is gone
             dist.all_gather_object(everyones, x)
         return everyones
 

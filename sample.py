@@ -132,8 +132,8 @@ def main():
     kind = pick_device(device).split(':')[0]
     if quantize and (kind != 'cpu' or dtype != 'auto'):
         fail(f'--quantize={quantize} is for --device=cpu, without --dtype')
-    name = dtype if dtype != 'auto' else 'float32' if quantize else pick_dtype(kind, num_samples)
-    run = setup(device, name, compile=False, seed=seed)
+    weights_dtype = dtype if dtype != 'auto' else 'float32' if quantize else pick_dtype(kind, num_samples)
+    run = setup(device, weights_dtype, compile=False, seed=seed)
     if init_from == 'resume':
         with SkipInit():
             model = GPT(GPTConfig(**checkpoint['model_args']))

@@ -30,7 +30,8 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import cannot_write, configure, fail, lock, lost_process, out_of_memory, peak_flops, setup, torchrun
+from configurator import cannot_write, configure, fail, first_line, lock, lost_process, out_of_memory, peak_flops, setup, \
+    torchrun
 from data.common import GPT2_FILES, GPT2_NAMES, gpt2_folder, tokenizer_from_dict, tokenizer_size
 from model import GPT, Dropout, GPTConfig, SkipInit
 
@@ -184,9 +185,9 @@ def open_dataset(name, block_size, run):
 
     Prepares a missing Shakespeare; fails on any other missing dataset and on files that contradict each other.
     """
-    folder = os.path.join(HERE, 'data', name)
-    if os.path.join(HERE, 'data', os.path.basename(os.path.abspath(folder))) != folder:
+    if os.path.basename(name) != name or name in ('', '.', '..'):
         fail(f'dataset={name}: dataset is the name of a folder in data/')
+    folder = os.path.join(HERE, 'data', name)
     files = [os.path.join(folder, f) for f in ('train.bin', 'val.bin', 'meta.json')]
     script = f'data/{name}/prepare.py'
 
@@ -403,10 +404,11 @@ def load_optimizers(optimizers, saved):
     for opt, old in zip(optimizers, saved):
         params = [p for group in opt.param_groups for p in group['params']]
         keys = {'momentum_buffer'} if isinstance(opt, Muon) else {'step', 'exp_avg', 'exp_avg_sq'}
+        state = {}
         for i, p in enumerate(params if old['state'] else ()):  # before the first update there is none
             if {k: t.shape for k, t in old['state'][i].items()} != {k: () if k == 'step' else p.shape for k in keys}:
                 raise ValueError(f'parameter {i} has other names or shapes')  # fused AdamW would write beyond a smaller one
-        state = {i: {k: shard(t, p) for k, t in old['state'][i].items()} for i, p in enumerate(params) if i in old['state']}
+            state[i] = {k: shard(t, p) for k, t in old['state'][i].items()}
         opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
 
 
@@ -703,7 +705,7 @@ def read_checkpoint(path):
     except ValueError:
         raise
     except Exception as e:
-        raise ValueError(f'torch refuses it: {(str(e) or repr(e)).splitlines()[0]}')
+        raise ValueError(f'torch refuses it: {first_line(e)}')
     if not isinstance(checkpoint, dict):
         raise ValueError(f'it holds a {type(checkpoint).__name__} instead of a dict')
     if not isinstance(checkpoint.get('format', 0), int) or checkpoint.get('format', 0) > CHECKPOINT_VERSION:
@@ -927,6 +929,9 @@ def claim(out_dir):
     try:
         os.makedirs(out_dir, exist_ok=True)
         f = open(path, 'a+')
+    except OSError as e:
+        cannot_write(path, e, name=f'to --out_dir={out_dir}')
+    try:
         if reason := lock(f):
             print(f'note: {out_dir} cannot be locked ({reason}): see to it that no second run uses it', flush=True)
         f.truncate(0)
@@ -1069,7 +1074,7 @@ def start_wandb(config):
     try:
         wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config)
     except Exception as e:  # not logged in, say
-        fail(f'--wandb_log=True: {(str(e) or repr(e)).splitlines()[0]}')
+        fail(f'--wandb_log=True: {first_line(e)}')
 
 
 # -----------------------------------------------------------------------------
@@ -1228,8 +1233,8 @@ def main(config, checkpoint=None):
             shards[it] = write_shards(out_dir, shard_state(model, optimizers), it, run)
         weights = {'model': {}, 'shards': shards[it]} if sharded else {'model': dict(model.state_dict())}
         checkpoint = gather_whole({'format': CHECKPOINT_VERSION, **weights,
-                            'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
-                            'tokenizer': tokenizer.to_dict(), **more}, run)
+                                   'model_args': dataclasses.asdict(model.config), 'iter_num': it, 'config': config,
+                                   'tokenizer': tokenizer.to_dict(), **more}, run)
         if run.is_main:
             save_checkpoint(checkpoint, path, previous)
             remove_shards(out_dir)
@@ -1337,7 +1342,7 @@ if __name__ == '__main__':
             fail('interrupted before training began', code=130)
         except RuntimeError as e:
             if out_of_memory(e):
-                fail(f'out of memory, halve batch_size and double gradient_accumulation_steps: {str(e).splitlines()[0]}', code=1)
+                fail(f'out of memory, halve batch_size and double gradient_accumulation_steps: {first_line(e)}', code=1)
             if isinstance(e, torch.distributed.DistError) or 'gloo' in str(e):  # gloo's own errors have no class
                 lost_process(e)
             raise

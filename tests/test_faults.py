@@ -165,7 +165,8 @@ def test_space_and_permission_are_checked_before_training(project, train_run, tm
     with pytest.raises(SystemExit) as e:
         train_run(out=tmp_path / 'file' / 'out')
     err = capsys.readouterr().err
-    assert e.value.code == 1 and err.splitlines()[-1].startswith(f'error: cannot write {tmp_path}/file/out/run.lock (Not a directory)')
+    assert e.value.code == 1 and err.splitlines()[-1].startswith(f'error: cannot write to --out_dir={tmp_path}/file/out')
+    assert '(Not a directory)' in err and re.search(r': \d+\.\d MB are free', err)
     monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
     with pytest.raises(SystemExit) as e:
         train_run()
