@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import datetime
 import difflib
-import gc
 import hashlib
 import importlib.util
 import os
@@ -26,8 +25,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-
-gc.freeze()  # torch's objects stay until the end: to look for garbage among them, as imports go on, costs a start 0.3 s
 
 
 def torchrun(name, default):

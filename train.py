@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib
+import inspect
 import json
 import math
 import os
@@ -462,7 +463,18 @@ def orthogonalize(x):
     return wide if x.size(-2) <= x.size(-1) else wide.mT
 
 
-class Muon(torch.optim.Muon):
+class Eager:
+    """For torch's optimizers: their methods without the decorators for torch.compile, whose import takes half of a start."""
+    add_param_group, zero_grad, state_dict, load_state_dict = map(inspect.unwrap, (
+        torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.state_dict,
+        torch.optim.Optimizer.load_state_dict))
+
+
+class AdamW(Eager, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Eager, torch.optim.Muon):
     """torch's, but for where it computes: in the dtype given, all matrices of one shape in one product.
 
     torch.optim.Muon multiplies in bfloat16 always; where a CPU emulates it, that takes ten times as long as all the rest.
@@ -503,7 +515,7 @@ def make_optimizers(model, run, c):
     for name, params in (('decayed', decay + matrices), ('not decayed', no_decay)):
         run.print(f'{len(params)} {name} tensors, {sum(p.numel() for p in params):,} parameters')
     # fused: one pass over the parameters instead of a dozen
-    optimizers = [torch.optim.AdamW(groups, lr=c['learning_rate'], betas=(c['beta1'], c['beta2']), fused=True)]
+    optimizers = [AdamW(groups, lr=c['learning_rate'], betas=(c['beta1'], c['beta2']), fused=True)]
     if matrices:
         dtype = torch.bfloat16 if run.dtype == torch.bfloat16 else torch.float32  # in float16 small entries would vanish
         optimizers.append(Muon(matrices, dtype, lr=c['muon_lr'], momentum=c['muon_momentum'], weight_decay=c['weight_decay']))

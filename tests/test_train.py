@@ -237,6 +237,28 @@ def test_muon_equals_torchs_and_orthogonalizes_as_the_polynomial_of_the_singular
     assert torch.allclose(train.orthogonalize(x.mT).double(), expected.mT, atol=1e-4)
 
 
+def test_adamw_equals_torchs():
+    runs = []
+    for kind in (train.AdamW, torch.optim.AdamW):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        optimizer = kind([weight], lr=0.1, weight_decay=0.1, fused=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            weight.square().sum().backward()
+            optimizer.step()
+        runs.append((weight.data, optimizer.state_dict()))
+    assert same_tensors(*runs) and not runs[0][0].requires_grad
+
+
+def test_neither_a_start_nor_a_resume_imports_what_only_torch_compile_needs(project, tmp_path):
+    imports = ''
+    for more in (['--max_iters=1'], ['--init_from=resume', '--max_iters=2']):
+        _, stderr = script(project, 'train.py', *TINY, f'--out_dir={tmp_path}', '--optimizer=muon', *more,
+                           env={'PYTHONPROFILEIMPORTTIME': '1'})  # a line on stderr for each module
+        imports += stderr
+    assert imports.count('| torch\n') == 2 and 'torch._dynamo' not in imports
+
+
 def test_the_schedule_by_hand():
     c = dict(warmup_iters=4, max_iters=104, lr_decay_iters=0, decay_lr=True, lr_schedule='cosine', learning_rate=1e-3,
              min_lr=1e-4, decay_frac=0.5)
