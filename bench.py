@@ -42,7 +42,11 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
   oneDNN 14 us and FBGEMM 12, so 300 us a token of the 10.65M model; FBGEMM's older operators 2, but they are to be removed
 - the same with AMX, all matrices of GPT-2 124M, one row: float32 16 ms, bfloat16 10.7, packed by oneDNN 9.3, int8 7.2, float16
   by torch.mv above 30; ten rows: 53, 17, 10.9, 29
-- GELU of one row of 1,536: 10 us by oneDNN, 2 without it, which only a global switch turns off; no garbage collection: no gain
+- GELU of one row of 1,536: 10 us by oneDNN, 2 without it (place_for_generation in sample.py); with that, fewer views of q, k and v,
+  and FBGEMM's product called itself (17 us an empty one by torch.ops, 13 so) one sample of 10.65M takes 2.4 ms a token instead
+  of 2.7 on the Zen 3, with int8 2.0 instead of 2.15; without torch.multinomial's checks it would be 0.05 less
+- int8 without avx512: its kernel reads 8 GB/s a core, so GPT-2 124M is no faster than in float16 (67 tokens/s and 74); no
+  garbage collection: no gain
 - Zen 5, all matrices of GPT-2 124M, one row: float16 6 ms, bfloat16 packed 4.9, int8 4.4. One query's attention by products
   instead of torch's kernel: 27 us instead of 11
 - torch.multinomial over 50,257 probabilities: 1.3 ms; after topk(200), 0.2

@@ -69,6 +69,7 @@ def place_for_generation(model, device, dtype, quantize):
     model.eval().to(device)
     if device.type == 'cpu' and (quantize or dtype != torch.float32):
         store_weights(model, torch.int8 if quantize else dtype)
+        torch.backends.mkldnn.enabled = dtype == torch.bfloat16  # else of use to GELU alone, which for one row it slows down
     else:
         model.to(dtype)
 
