@@ -188,6 +188,7 @@ def peak_memory(run):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
+@torch.inference_mode()
 def time_sampling(model, num_samples, n, run, quantize=''):
     """Return the tokens per second of generating n tokens for each of num_samples sequences, as sample.py does."""
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=run.device)

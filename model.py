@@ -296,7 +296,9 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         if config.rotary:
             half = config.n_embd // config.n_head // 2
-            angles = torch.outer(torch.arange(config.block_size), 10000 ** (-torch.arange(half) / half))  # (T, D/2)
+            # device: on the meta device, where only shapes are wanted, this too would import torch._dynamo (see SkipInit)
+            position, pair = torch.arange(config.block_size, device='cpu'), torch.arange(half, device='cpu')
+            angles = torch.outer(position, 10000 ** (-pair / half))  # (T, D/2)
             self.register_buffer('cos', angles.cos().repeat(1, 2), persistent=False)
             self.register_buffer('sin', torch.cat([-angles.sin(), angles.sin()], dim=1), persistent=False)
         for name, p in self.named_parameters():

@@ -250,13 +250,14 @@ def test_adamw_equals_torchs():
     assert same_tensors(*runs) and not runs[0][0].requires_grad
 
 
-def test_neither_a_start_nor_a_resume_imports_what_only_torch_compile_needs(project, tmp_path):
+def test_no_start_imports_what_only_torch_compile_needs(project, tmp_path):
     imports = ''
-    for more in (['--max_iters=1'], ['--init_from=resume', '--max_iters=2']):
-        _, stderr = script(project, 'train.py', *TINY, f'--out_dir={tmp_path}', '--optimizer=muon', *more,
-                           env={'PYTHONPROFILEIMPORTTIME': '1'})  # a line on stderr for each module
-        imports += stderr
-    assert imports.count('| torch\n') == 2 and 'torch._dynamo' not in imports
+    for command in (['train.py', *TINY, '--optimizer=muon', '--rotary=True', '--max_iters=1'],
+                    ['train.py', '--init_from=resume', '--max_iters=2'],
+                    ['sample.py', '--max_new_tokens=2']):
+        # a line on stderr for each module
+        imports += script(project, *command, f'--out_dir={tmp_path}', env={'PYTHONPROFILEIMPORTTIME': '1'})[1]
+    assert imports.count('| torch\n') == 3 and 'torch._dynamo' not in imports
 
 
 def test_the_schedule_by_hand():
