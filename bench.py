@@ -195,7 +195,7 @@ def time_sampling(model, num_samples, n, run, quantize=''):
     if not baseline and parallel != 'fsdp':
         model = copy.deepcopy(model)  # the next call wants other weights
         name = dtype if dtype != 'auto' else pick_dtype(run.device.type, num_samples)
-        place_for_generation(model, run.device, run.dtype if name == 'auto' else getattr(torch, name), quantize)
+        place_for_generation(model, run.device, run.dtype if name == 'auto' else getattr(torch, name), quantize, num_samples)
     model.eval()
     seconds = []
     for repeat in range(2 if baseline else 4):

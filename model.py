@@ -203,7 +203,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)
-        q, k, v = qkv.split(self.n_head, dim=1)  # (B, H, T, D)
+        q, k, v = qkv.chunk(3, dim=1)  # (B, H, T, D)
         if self.qk_norm:
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if rotation is not None:
@@ -462,33 +462,52 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 # -----------------------------------------------------------------------------
 # fewer bytes for the weights, for generation on a CPU
 
-# x86 alone: products of float32 with weights stored in float16, its own order
+# x86 alone: products of float32 with weights stored in float16, in an order of its own
 FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
+SUM_BYTES = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
 
 
 class StoredLinear(nn.Module):
-    """A Linear whose weights are stored as bfloat16, float16 or int8; inputs and outputs are float32.
+    """A Linear whose weights are stored as bfloat16, float16 or int8, to be multiplied with so many rows at a time.
 
-    One row takes as long as the weights take to read, so fewer bytes are less time; all but the products stays in
-    float32, in which the rest of a step is several times faster on a CPU. int8 has one scale per output channel
-    and rounds each weight to a multiple of it: of at most 1/127 of the channel's largest one.
+    Inputs and outputs are float32. A few rows take as long as the weights take to read, so fewer bytes are less time;
+    all but the products stays in float32, in which the rest of a step is several times faster on a CPU. int8 has one
+    scale per output channel, and rounds each weight to 8 bits between the least and the largest of its row in a part: by at
+    most 1/255 of the channel's largest.
+
+    One row's product is a weighted sum of the matrix's columns, which is what embedding_bag computes, and its kernels read
+    half precision and bytes about as fast as memory gives them; those for products of matrices read bytes at a third of that.
     """
 
-    def __init__(self, linear, dtype):
+    def __init__(self, linear, dtype, rows):
         super().__init__()
         weight = linear.weight.detach().float()
-        self.bias, self.scale, self.kernel = linear.bias, None, 'torch'
-        if dtype == torch.int8:
-            # rounded to bfloat16, as the kernel wants it, but never down: the largest weight must remain within 127
-            self.scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127 * (1 + 2**-8)).bfloat16()
-            weight = (weight / self.scale.float()[:, None]).round()
-        if dtype == torch.float16 and FBGEMM:
+        self.n_out, self.n_in = weight.shape
+        self.bias, self.scale, self.rows, self.kernel = linear.bias, None, rows, 'sum'
+        if rows > 1 and dtype == torch.float16 and FBGEMM:
             self.kernel, self.weight = 'fbgemm', torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
             return
-        self.weight = weight.to(dtype)  # (out, in), as in nn.Linear
-        if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if rows > 1 and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
+                and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             # in the order in which oneDNN's kernel reads them, by the operators that torch.compile uses
-            self.kernel, self.weight = 'onednn', torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.kernel, self.weight = 'onednn', torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
+            return
+        # the outputs in parts, for each thread as many, narrow enough that a part's sums stay in registers; at least
+        # two, since for a single sum in half precision torch takes a way ten times as slow
+        threads = max(2, torch.get_num_threads())
+        parts = threads * math.ceil(self.n_out / 256 / threads)
+        self.width = math.ceil(self.n_out / parts / 16) * 16
+        self.parts = math.ceil(self.n_out / self.width)
+        if dtype == torch.int8:
+            self.scale = weight.abs().amax(dim=1).clamp(min=1e-30)
+            weight = weight / self.scale[:, None]
+        weight = F.pad(weight, (0, 0, 0, self.parts * self.width - self.n_out))
+        weight = weight.view(self.parts, self.width, self.n_in).transpose(1, 2).reshape(-1, self.width)
+        self.weight = torch.ops.quantized.embedding_bag_byte_prepack(weight) if dtype == torch.int8 else weight.to(dtype)
+        # which rows of weight each of the sums, first all rows' of the first part, is of, and where each one's begin
+        index = torch.arange(len(weight), dtype=torch.int32).view(self.parts, 1, self.n_in)
+        self.index = index.repeat(1, rows, 1).flatten()
+        self.offsets = torch.arange(0, len(self.index), self.n_in, dtype=torch.int32)
 
     def forward(self, x):
         if self.kernel == 'fbgemm':
@@ -496,25 +515,28 @@ class StoredLinear(nn.Module):
         if self.kernel == 'onednn':
             y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, 'none', [], '').float()
             return y if self.bias is None else y + self.bias
-        w, rows = self.weight, x.flatten(0, -2)
-        if w.dtype == torch.int8:
-            # whose kernel is fast with few rows only, and reads 16 columns at a time, the last ones beyond the row's end
-            y = torch._weight_int8pack_mm(rows.bfloat16(), w, self.scale) if len(rows) <= 16 and w.size(1) % 16 == 0 else \
-                F.linear(rows, w.float()) * self.scale
-        elif len(rows) == 1:
-            y = torch.mv(w, rows[0].to(w.dtype))
+        B, T, C = x.shape
+        if T > 1 or B != self.rows or B > 16:  # a prompt
+            weight = self.weight.float() if self.scale is None else torch.ops.quantized.embedding_bag_byte_unpack(self.weight)
+            y = x @ weight.view(self.parts, C, self.width).transpose(0, 1).reshape(C, -1)
         else:
-            y = F.linear(rows, w.float())
-        y = y.float().view(*x.shape[:-1], -1)
+            x = torch.cat((x if self.scale is not None else x.to(self.weight.dtype),) * self.parts).view(-1)
+            y = SUM_BYTES(self.weight, self.index, self.offsets, False, 0, False, x) if self.scale is not None else \
+                torch.embedding_bag(self.weight, self.index, self.offsets, False, 0, False, x)[0].float()
+            y = y.view(self.parts, B, -1).transpose(0, 1).reshape(B, 1, -1) if B > 1 else y.view(1, 1, -1)
+        if y.size(2) != self.n_out:
+            y = y[..., :self.n_out]
+        if self.scale is not None:
+            y = y.mul_(self.scale)
         return y if self.bias is None else y + self.bias
 
 
-def store_weights(model, dtype):
-    """Replace every Linear of model, a float32 GPT on a CPU, by a StoredLinear of dtype, for generation only."""
+def store_weights(model, dtype, rows):
+    """Replace every Linear of model, a float32 GPT on a CPU, by a StoredLinear of dtype, to generate so many rows at a time."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, StoredLinear(child, dtype))
+                setattr(module, name, StoredLinear(child, dtype, rows))
 
 
 # -----------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_an_explicit_dtype_is_the_one_that_is_sampled_in(run, monkeypatch):
     from configurator import configure
     from model import GPT, GPTConfig
     taken, real = [], bench.place_for_generation
-    monkeypatch.setattr(bench, 'place_for_generation', lambda model, device, dtype, q: taken.append(dtype) or real(model, device, dtype, q))
+    monkeypatch.setattr(bench, 'place_for_generation', lambda model, device, dtype, *more: taken.append(dtype) or real(model, device, dtype, *more))
     for dtype in ('float32', 'bfloat16'):
         configure(vars(bench), [f'--dtype={dtype}'])
         bench.time_sampling(GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=1, n_embd=16)), 1, 4, run)

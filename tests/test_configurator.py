@@ -141,10 +141,13 @@ def test_setup_refuses_what_it_cannot_do(monkeypatch, capsys, settings, words):
     assert e.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('amx, bf16, expected', [(False, False, 'float32'), (True, False, 'bfloat16'), (False, True, 'bfloat16')])
-def test_dtype_auto_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, capsys, amx, bf16, expected):
+@pytest.mark.parametrize('amx, bf16, ratio, expected', [
+    (False, False, 0.5, 'float32'), (True, False, 2, 'bfloat16'), (False, True, 0.5, 'bfloat16'), (False, True, 2, 'float32')])
+def test_dtype_auto_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, capsys, amx, bf16, ratio, expected):
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
+    monkeypatch.setattr(configurator, 'seconds_of_product', lambda dtype: {torch.float32: 1, torch.bfloat16: ratio}[dtype])
+    monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16', configurator.cpu_multiplies_bfloat16.__wrapped__)
     run = setup(device='cpu')
     assert run.dtype == getattr(torch, expected) and f'dtype={expected}' in capsys.readouterr().out
     with run.autocast():  # and it is what is computed in

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import (ACTIVATIONS, GPT, Dropout, GPTConfig, SkipInit, StoredLinear, attention_by_products, draw, read_safetensors,
+from model import (ACTIVATIONS, GPT, Dropout, GPTConfig, KVCache, SkipInit, StoredLinear, attention_by_products, draw, read_safetensors,
                    rotate, store_weights)
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
@@ -262,38 +262,45 @@ def test_stored_weights_multiply_like_the_ones_they_stand_for(dtype, error, rows
         monkeypatch.setattr('model.FBGEMM', False)
         monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
     torch.manual_seed(0)
-    linear = torch.nn.Linear(128, 96)
+    linear = torch.nn.Linear(128, 960)
     with torch.no_grad():
-        linear.weight *= torch.logspace(-3, 1, 96)[:, None]  # channels of different size
+        linear.weight *= torch.logspace(-3, 1, 960)[:, None]  # channels of different size
         linear.weight[5] = 0
-        x = torch.randn(2, rows, 128)[:1]
-        got, expected = StoredLinear(linear, dtype)(x), linear(x)
-    assert got.dtype == torch.float32 and got.shape == expected.shape
-    for channel in range(96):
-        size = expected[..., channel].abs().max() + linear.weight[channel].norm() * 128**0.5 * 0.1
-        assert (got - expected)[..., channel].abs().max() <= error * size, channel
+        stored = StoredLinear(linear, dtype, rows)
+        for x in torch.randn(rows, 1, 128), torch.randn(rows, 7, 128), torch.randn(rows + 1, 1, 128):
+            got, expected = stored(x), linear(x)
+            assert got.dtype == torch.float32 and got.shape == expected.shape
+            size = expected.abs().amax(dim=(0, 1)) + linear.weight.norm(dim=1) * 128**0.5 * 0.1
+            assert ((got - expected).abs().amax(dim=(0, 1)) <= error * size).all()
 
 
-@pytest.mark.parametrize('width', [8, 20, 24, 33, 40, 65, 100, 130])
-def test_stored_weights_of_any_width_are_multiplied(width):
+@pytest.mark.parametrize('width', [1, 8, 20, 33, 65, 130])
+@pytest.mark.parametrize('threads', [1, 3])
+def test_stored_weights_of_any_width_are_multiplied(width, threads, monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
     torch.manual_seed(0)
-    linear = torch.nn.Linear(width, 65)
-    for dtype in (torch.bfloat16, torch.float16, torch.int8):
-        for x in torch.randn(1, 1, width), torch.randn(3, 1, width):
-            with torch.no_grad():
-                assert torch.allclose(StoredLinear(linear, dtype)(x), linear(x), atol=0.05)
+    for n_out in (1, 65, 2000):
+        linear = torch.nn.Linear(width, n_out)
+        for dtype in (torch.bfloat16, torch.float16, torch.int8):
+            for rows in (1, 3):
+                x = torch.randn(rows, 1, width)
+                with torch.no_grad():
+                    assert torch.allclose(StoredLinear(linear, dtype, rows)(x), linear(x), atol=0.05)
 
 
+@pytest.mark.parametrize('rows', [1, 4])
 @pytest.mark.parametrize('dtype, error', [(torch.bfloat16, 0.02), (torch.float16, 0.005), (torch.int8, 0.03)])
-def test_logits_with_stored_weights_are_near(dtype, error):
+def test_logits_with_stored_weights_are_near(dtype, error, rows):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL)).eval()
-    idx = torch.randint(50, (4, 16))
+    idx = torch.randint(50, (rows, 16))
     with torch.no_grad():
         exact = model(idx)[0]
-        store_weights(model, dtype)
-        near = model(idx)[0]
-    assert 0 < (near - exact).std() < error * exact.std()
+        store_weights(model, dtype, rows)
+        cache = KVCache(16)
+        prompt = model(idx[:, :2], cache=cache)[0]
+        near = torch.cat([prompt] + [model(idx[:, [i]], cache=cache)[0] for i in range(2, 16)], dim=1)
+    assert 0 < (near - exact[:, 1:]).std() < error * exact.std()
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
 
 
