@@ -24,6 +24,8 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - RMSNorm is several operations on a CPU, 6 ms forward and backward in float32 at 16 x 256 x 256, LayerNorm one, 1.3
 - squared ReLU with a backward of its own (SquaredReLU in model.py): 5 ms instead of 12 at 16 x 256 x 1024 in float32; with that,
   rotary in bfloat16 and the shift by chunk() instead of slices, an update of the speedrun takes 172 ms with AMX instead of 199
+- avx512_bf16 of an Intel Xeon whose AMX is hidden: 512 x 512 products in bfloat16 1.6 ms, in float32 0.8, so an update takes 5.1 s in
+  float32, 8.9 in bfloat16, 5.6 in float16: dtype=auto times the two products (cpu_multiplies_bfloat16 in configurator.py)
 - torch.compile: 4.05 s instead of 3.96, but 2.4 GB instead of 3.0 (as one graph, with keep_memory, beside which torch 2.13 may
   crash unless AOTAutograd's cache is off), for 40 s of compilation; 4 layers, 128 wide, 12 x 64: 27 ms instead of 21. With AMX, as
   many graphs, 1.84 s instead of 1.55, for the speedrun 166 ms instead of 172. Its kernels are several passes each: LayerNorm
@@ -37,16 +39,19 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - one row times a matrix, which is what one sample consists of: float32 9 GB/s, bfloat16 8, float16 20, int8 17 (float32
   whole matrices are read at 46); attention with one query: 23 us in float32, 107 in bfloat16, 205 in float16. Hence
   StoredLinear in model.py: half precision for the weights alone
-- the same for 40 matrices of 768 x 3,072: float32 32 ms, bfloat16 packed by oneDNN 9.4, float16 by FBGEMM 6.4 (by torch.mv 6.1, but
-  with two conversions more), int8 7.3; ten rows: 46, 10.8, 12.1, 22; 2,560 rows of one: 67, 30, 59. An empty product costs
-  oneDNN 14 us and FBGEMM 12, so 300 us a token of the 10.65M model; FBGEMM's older operators 2, but they are to be removed
+- 40 matrices of 768 x 3,072: one row in float32 32 ms, bfloat16 packed by oneDNN 9.4, float16 by FBGEMM 6.4 (by torch.mv 6.1, but
+  with two conversions more), int8 by torch 7.3; ten rows: 46, 10.8, 12.1, 22; 2,560 rows of one: 67, 30, 59
 - the same with AMX, all matrices of GPT-2 124M, one row: float32 16 ms, bfloat16 10.7, packed by oneDNN 9.3, int8 7.2, float16
   by torch.mv above 30; ten rows: 53, 17, 10.9, 29
-- GELU of one row of 1,536: 10 us by oneDNN, 2 without it (place_for_generation in sample.py); with that, fewer views of q, k and v,
-  and FBGEMM's product called itself (17 us an empty one by torch.ops, 13 so) one sample of 10.65M takes 2.4 ms a token instead
-  of 2.7 on the Zen 3, with int8 2.0 instead of 2.15; without torch.multinomial's checks it would be 0.05 less
-- int8 without avx512: its kernel reads 8 GB/s a core, so GPT-2 124M is no faster than in float16 (67 tokens/s and 74); no
-  garbage collection: no gain
+- Intel Xeon without AMX, one row of 768 times 768 x 3,072: as a weighted sum of the matrix's columns, by embedding_bag, in float16
+  175 us, by FBGEMM's product 238, by torch.mv 340; int8 66, by torch's _weight_int8pack_mm 150 to 240, and 84 with the row in
+  8 bits, too. For ten rows it is the slower way: 657 by sums, 444 by FBGEMM. Parts of 1,536 outputs instead of 256: 120 in int8. The
+  smaller the matrix, the less there is to gain: 384 x 384 19 us instead of 21. GPT-2 124M 77 tokens/s instead of 64, in int8
+  123 instead of 77; with avx2 alone (by FBGEMM_ENABLE_INSTRUCTIONS) 68 instead of 62, and 81 instead of 68
+- modules' parts as plain attributes in generation (place_for_generation in sample.py): 7 percent of a token of 10.65M; products
+  that are no nn.Module 2; without the calls of Dropout, which does nothing there, 2 more: left in
+- GELU of one row of 1,536: 10 us by oneDNN, 2 without it (place_for_generation in sample.py); without torch.multinomial's checks
+  a token would take 0.05 ms less; no garbage collection: no gain
 - Zen 5, all matrices of GPT-2 124M, one row: float16 6 ms, bfloat16 packed 4.9, int8 4.4. One query's attention by products
   instead of torch's kernel: 27 us instead of 11
 - torch.multinomial over 50,257 probabilities: 1.3 ms; after topk(200), 0.2

@@ -468,16 +468,15 @@ SUM_BYTES = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
 
 
 class StoredLinear:
-    """A Linear whose weights are stored as bfloat16, float16 or int8, to be multiplied with so many rows at a time.
+    """A Linear whose weights are stored as bfloat16, float16 or int8, for products with `rows` rows, one of each sequence.
 
-    Inputs and outputs are float32. A few rows take as long as the weights take to read, so fewer bytes are less time;
-    all but the products stays in float32, in which the rest of a step is several times faster on a CPU. int8 has one
-    scale per output channel, and rounds each weight to 8 bits between the least and the largest of its row in a part: by at
-    most 1/255 of the channel's largest.
+    Inputs and outputs are float32: (B, T, in) and (B, T, out). A few rows take as long as the weights take to read, so fewer
+    bytes are less time; all but the products stays in float32, in which the rest of a step is several times faster on a
+    CPU. int8 has one scale per output channel and rounds each weight by at most 1/255 of the channel's largest.
 
-    One row's product is a weighted sum of the matrix's columns, which is what embedding_bag computes, and its kernels read
-    half precision and bytes about as fast as memory gives them; those for products of matrices read bytes half as fast.
-    (No nn.Module, whose call takes 1 us more.)
+    The product with one row is a weighted sum of the matrix's columns, which is what embedding_bag computes: its kernels
+    read half precision and bytes as fast as memory gives them, those for products of matrices read bytes half as fast.
+    No nn.Module, whose call takes 1 us more.
     """
 
     def __init__(self, linear, dtype, rows):

@@ -274,6 +274,17 @@ def test_stored_weights_multiply_like_the_ones_they_stand_for(dtype, error, rows
             assert ((got - expected).abs().amax(dim=(0, 1)) <= error * size).all()
 
 
+def test_int8_rounds_a_weight_by_at_most_a_255th_of_its_channels_largest():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 700, bias=False)
+    with torch.no_grad():
+        linear.weight *= torch.logspace(-3, 3, 700)[:, None]
+        off = StoredLinear(linear, torch.int8, rows=1)(torch.eye(48)[None])[0].T - linear.weight
+        largest = linear.weight.abs().amax(dim=1, keepdim=True)
+    assert (off.abs() / largest).max() <= 1.001 / 255
+    assert off.abs().mean() > 0
+
+
 @pytest.mark.parametrize('width', [1, 8, 20, 33, 65, 130])
 @pytest.mark.parametrize('threads', [1, 3])
 def test_stored_weights_of_any_width_are_multiplied(width, threads, monkeypatch):
