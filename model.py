@@ -468,7 +468,7 @@ SUM_BYTES = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
 
 
 class StoredLinear:
-    """A Linear whose weights are stored as bfloat16, float16 or int8, for products with `rows` rows, one of each sequence.
+    """A Linear whose weights are stored as bfloat16, float16 or int8, for products with so many rows, one of each sequence.
 
     Inputs and outputs are float32: (B, T, in) and (B, T, out). A few rows take as long as the weights take to read, so fewer
     bytes are less time; all but the products stays in float32, in which the rest of a step is several times faster on a
@@ -482,7 +482,8 @@ class StoredLinear:
     def __init__(self, linear, dtype, rows):
         weight = linear.weight.detach().float()
         self.n_out, self.n_in = weight.shape
-        self.bias, self.scale, self.rows, self.kernel = linear.bias, None, rows, 'sum'
+        self.bias, self.scale, self.kernel = linear.bias, None, 'sum'
+        self.rows = min(rows, 16)  # with more, sums take longer than a product does
         if rows > 1 and dtype == torch.float16 and FBGEMM:
             self.kernel, self.weight = 'fbgemm', torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
             return
@@ -505,7 +506,7 @@ class StoredLinear:
         self.weight = torch.ops.quantized.embedding_bag_byte_prepack(weight) if dtype == torch.int8 else weight.to(dtype)
         # which rows of weight each of the sums, first all rows' of the first part, is of, and where each one's begin
         index = torch.arange(len(weight), dtype=torch.int32).view(self.parts, 1, self.n_in)
-        self.index = index.repeat(1, rows, 1).flatten()
+        self.index = index.repeat(1, self.rows, 1).flatten()
         self.offsets = torch.arange(0, len(self.index), self.n_in, dtype=torch.int32)
 
     def __call__(self, x):
@@ -515,7 +516,7 @@ class StoredLinear:
             y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, 'none', [], '').float()
             return y if self.bias is None else y + self.bias
         B, T, C = x.shape
-        if T > 1 or B != self.rows or B > 16:  # a prompt
+        if T > 1 or B != self.rows:  # a prompt, or more rows
             weight = self.weight.float() if self.scale is None else torch.ops.quantized.embedding_bag_byte_unpack(self.weight)
             y = x @ weight.view(self.parts, C, self.width).transpose(0, 1).reshape(C, -1)
         else:

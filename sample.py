@@ -73,7 +73,7 @@ def place_for_generation(model, device, dtype, quantize, num_samples):
     else:
         model.to(dtype)
     for module in model.modules():
-        # as plain attributes: through nn.Module's __getattr__ each takes 0.5 us, a sixteenth of a token on a CPU
+        # as plain attributes: nn.Module's __getattr__ takes 0.5 us each time, 7 percent of a token on a CPU
         vars(module).update(module._parameters, **module._modules)
 
 
