@@ -48,8 +48,8 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
   8 bits, too. For ten rows it is the slower way: 657 by sums, 444 by FBGEMM. Parts of 1,536 outputs instead of 256: 120 in int8. The
   smaller the matrix, the less there is to gain: 384 x 384 19 us instead of 21. GPT-2 124M 77 tokens/s instead of 64, in int8
   123 instead of 77; with avx2 alone (by FBGEMM_ENABLE_INSTRUCTIONS) 68 instead of 62, and 81 instead of 68
-- modules' parts as plain attributes in generation (place_for_generation in sample.py): 7 percent of a token of 10.65M; products
-  that are no nn.Module 2; without the calls of Dropout, which does nothing there, 2 more: left in
+- nn.Module in generation: its parts as plain attributes save 7 percent of a token of 10.65M, products that are none 2, Dropout and
+  LayerNorm without __call__ 3 (place_for_generation in sample.py)
 - GELU of one row of 1,536: 10 us by oneDNN, 2 without it (place_for_generation in sample.py); without torch.multinomial's checks
   a token would take 0.05 ms less; no garbage collection: no gain
 - Zen 5, all matrices of GPT-2 124M, one row: float16 6 ms, bfloat16 packed 4.9, int8 4.4. One query's attention by products
