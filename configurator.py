@@ -356,8 +356,8 @@ def seconds_of_product(dtype):
 def cpu_multiplies_bfloat16():
     """Whether this processor multiplies bfloat16 faster than float32.
 
-    With AMX many times as fast, by AMD's avx512_bf16 twice, by Intel's, as where a virtual machine hides AMX, half as fast:
-    so without AMX it is timed, which takes 10 ms.
+    With AMX many times as fast, by AMD's avx512_bf16 twice, by Intel's, where a virtual machine hides AMX, half as fast: so
+    avx512_bf16 without AMX is timed, which takes 10 ms.
     """
     if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
         return torch.cpu._is_amx_tile_supported()
@@ -486,6 +486,10 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=fresh_store(rank, world_size, timeout), rank=rank, world_size=world_size,
                                 timeout=timeout, device_id=device if backend == 'nccl' else None)
+        if kind == 'cpu':  # what rank 0 has found to be fastest: nodes may differ, gradients must not
+            chosen = [dtype]
+            dist.broadcast_object_list(chosen, src=0)
+            dtype = chosen[0]
     torch.manual_seed(seed)
     run = Run(device, getattr(torch, dtype), compile, rank, local_rank, world_size, seed)
     name = torch.cuda.get_device_name() if kind == 'cuda' else \

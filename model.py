@@ -483,8 +483,7 @@ class StoredLinear:
         weight = linear.weight.detach().float()
         self.n_out, self.n_in = weight.shape
         self.bias, self.scale, self.kernel = linear.bias, None, 'sum'
-        self.rows = min(rows, 16)  # with more, sums take longer than a product does
-        if rows > 1 and dtype == torch.float16 and FBGEMM:
+        if dtype == torch.float16 and FBGEMM:
             self.kernel, self.weight = 'fbgemm', torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
             return
         if rows > 1 and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
@@ -492,8 +491,10 @@ class StoredLinear:
             # in the order in which oneDNN's kernel reads them, by the operators that torch.compile uses
             self.kernel, self.weight = 'onednn', torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
             return
-        # the outputs in parts, for each thread as many, narrow enough that a part's sums stay in registers; at least
-        # two, since for a single sum in half precision torch takes a way ten times as slow
+        # more rows are faster as a product; float16 would not hold large inputs
+        self.rows = rows if rows <= 16 and dtype != torch.float16 else 0
+        # the outputs in parts, for each thread as many, narrow enough that a part's sums stay in registers; two where
+        # there are outputs enough, since for a single sum in half precision torch takes a way ten times as slow
         threads = max(2, torch.get_num_threads())
         parts = threads * math.ceil(self.n_out / 256 / threads)
         self.width = math.ceil(self.n_out / parts / 16) * 16
@@ -518,7 +519,7 @@ class StoredLinear:
         B, T, C = x.shape
         if T > 1 or B != self.rows:  # a prompt, or more rows
             weight = self.weight.float() if self.scale is None else torch.ops.quantized.embedding_bag_byte_unpack(self.weight)
-            y = x @ weight.view(self.parts, C, self.width).transpose(0, 1).reshape(C, -1)
+            y = (x.reshape(B * T, C) @ weight.view(self.parts, C, self.width)).transpose(0, 1).reshape(B, T, -1)
         else:
             x = torch.cat((x if self.scale is not None else x.to(self.weight.dtype),) * self.parts).view(-1)
             y = SUM_BYTES(self.weight, self.index, self.offsets, False, 0, False, x) if self.scale is not None else \

@@ -36,7 +36,7 @@ seed = 1337  # of the draws
 # machine
 device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
 dtype = 'auto'  # of the weights: auto (what the device reads and multiplies fastest) | float32 | bfloat16 | float16
-quantize = ''  # int8: weights of one byte each, on a cpu; logits change by less than 1 percent of their spread
+quantize = ''  # int8: weights of one byte each, on a cpu; logits change by about 1 percent of their spread
 
 
 def check_settings(c):
@@ -58,19 +58,19 @@ def pick_dtype(device, num_samples):
     """Return the name of the dtype for the weights in which device generates so many samples together fastest."""
     if device != 'cpu':
         return 'auto'
-    if num_samples > 1 and cpu_multiplies_bfloat16():
+    if num_samples == 1 or cpu_multiplies_bfloat16():
         return 'bfloat16'
-    # one sample takes as long as the weights take to read, and so do several where products are float32's anyway
-    return 'float16' if num_samples == 1 or FBGEMM else 'float32'
+    return 'float16' if FBGEMM else 'float32'
 
 
 def place_for_generation(model, device, dtype, quantize, num_samples):
     """Move model to device, in eval mode, with its weights in dtype, or int8 where quantize says so."""
     model.eval().to(device)
-    if device.type == 'cpu' and (quantize or dtype != torch.float32):
+    stored = device.type == 'cpu' and (quantize or dtype != torch.float32)
+    # oneDNN slows GELU of one row down, and is of no use to products of stored weights but to those of rows in bfloat16
+    torch.backends.mkldnn.enabled = not stored or dtype == torch.bfloat16 and num_samples > 1 and not quantize
+    if stored:
         store_weights(model, torch.int8 if quantize else dtype, num_samples)
-        # of use to products in bfloat16 alone; GELU of one row it slows down
-        torch.backends.mkldnn.enabled = dtype == torch.bfloat16 and num_samples > 1 and not quantize
     else:
         model.to(dtype)
     for module in model.modules():

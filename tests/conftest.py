@@ -53,6 +53,12 @@ def project(tmp_path_factory, text):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def same_kernels(monkeypatch):
+    """Undo what place_for_generation switches for the whole process."""
+    monkeypatch.setattr(torch.backends.mkldnn, 'enabled', True)
+
+
 @pytest.fixture
 def run():
     return Run(torch.device('cpu'), torch.float32, False, 0, 0, 1, seed=1)

@@ -154,6 +154,18 @@ def test_dtype_auto_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, capsys,
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == run.dtype
 
 
+def test_all_ranks_compute_in_the_dtype_that_rank_0_has_chosen(project):
+    path = project / 'choose_dtype.py'
+    path.write_text("import os, torch, configurator\n"
+                    "torch.cpu._is_amx_tile_supported = lambda: os.environ['RANK'] == '0'\n"
+                    "torch.cpu._is_avx512_bf16_supported = lambda: False\n"
+                    "run = configurator.setup(device='cpu')\n"
+                    "open(f'dtype{run.rank}.txt', 'w').write(str(run.dtype))\n"
+                    "run.close()\n")
+    script(project, path.name, nproc=2)
+    assert [(project / f'dtype{rank}.txt').read_text() for rank in (0, 1)] == ['torch.bfloat16'] * 2
+
+
 def test_random_streams_depend_on_seed_stream_and_index_alone():
     a, b = (Run(torch.device('cpu'), torch.float32, False, rank, 0, 4, seed=1) for rank in (0, 3))
     assert a.derive_seed('train', 5) == b.derive_seed('train', 5)

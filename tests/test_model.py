@@ -274,6 +274,22 @@ def test_stored_weights_multiply_like_the_ones_they_stand_for(dtype, error, rows
             assert ((got - expected).abs().amax(dim=(0, 1)) <= error * size).all()
 
 
+@pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize('kernels', [True, False])
+def test_stored_weights_take_and_give_what_float16_cannot_hold(dtype, rows, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr('model.FBGEMM', False)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96)
+    x = torch.randn(rows, 1, 64)
+    x[:, :, 7] = 7e5
+    with torch.no_grad():
+        got, expected = StoredLinear(linear, dtype, rows)(x), linear(x)
+    assert expected.abs().max() > 65504
+    assert (got - expected).abs().max() < 0.01 * expected.abs().max()
+
+
 def test_int8_rounds_a_weight_by_at_most_a_255th_of_its_channels_largest():
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 700, bias=False)
