@@ -24,8 +24,8 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - RMSNorm is several operations on a CPU, 6 ms forward and backward in float32 at 16 x 256 x 256, LayerNorm one, 1.3
 - squared ReLU with a backward of its own (SquaredReLU in model.py): 5 ms instead of 12 at 16 x 256 x 1024 in float32; with that,
   rotary in bfloat16 and the shift by chunk() instead of slices, an update of the speedrun takes 172 ms with AMX instead of 199
-- avx512_bf16 of an Intel Xeon whose AMX is hidden: 512 x 512 products in bfloat16 1.6 ms, in float32 0.8, so an update takes 4.8 to 5.1 s in
-  float32, 8.9 in bfloat16, 5.6 in float16: dtype=auto times the two products (cpu_multiplies_bfloat16 in configurator.py)
+- avx512_bf16 of an Intel Xeon whose AMX is hidden: 512 x 512 products in bfloat16 1.6 ms, in float32 0.8, so an update takes 4.8 to
+  5.1 s in float32, 8.9 in bfloat16, 5.6 in float16: dtype=auto times the two products (cpu_multiplies_bfloat16 in configurator.py)
 - torch.compile: 4.05 s instead of 3.96, but 2.4 GB instead of 3.0 (as one graph, with keep_memory, beside which torch 2.13 may
   crash unless AOTAutograd's cache is off), for 40 s of compilation; 4 layers, 128 wide, 12 x 64: 27 ms instead of 21. With AMX, as
   many graphs, 1.84 s instead of 1.55, for the speedrun 166 ms instead of 172. Its kernels are several passes each: LayerNorm
@@ -44,11 +44,11 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - the same with AMX, all matrices of GPT-2 124M, one row: float32 16 ms, bfloat16 10.7, packed by oneDNN 9.3, int8 7.2, float16
   by torch.mv above 30; ten rows: 53, 17, 10.9, 29
 - Intel Xeon without AMX, one row of 768 times 768 x 3,072: as a weighted sum of the matrix's columns, by embedding_bag, in half
-  precision 178 us, by FBGEMM's product 238, by torch.mv 315 to 340; int8 66, by torch's _weight_int8pack_mm 150 to 240, and 84 with
-  the row in 8 bits, too. For ten rows it is the slower way: 657 by sums, 444 by FBGEMM. Parts of 1,536 outputs instead of 256: 120 in
-  int8. The smaller the matrix, the less there is to gain: 384 x 384 19 us instead of 21. GPT-2 124M 78 tokens/s instead of 64, in
-  int8 127 instead of 77; with avx2 alone (by FBGEMM_ENABLE_INSTRUCTIONS) 68 instead of 62, and 85 instead of 68. Float16 is as fast
-  as bfloat16, but sums beyond 65,504 are infinite
+  precision 178 us, by FBGEMM's product 238, by torch.mv 315 to 340; int8 66, by torch's _weight_int8pack_mm 150 to 240, and 84
+  with the row in 8 bits, too. For ten rows it is the slower way: 657 by sums, 444 by FBGEMM. Parts of 1,536 outputs instead of
+  256: 120 in int8. The smaller the matrix, the less there is to gain: 384 x 384 19 us instead of 21. GPT-2 124M 78 tokens/s
+  instead of 64, in int8 127 instead of 77; with avx2 alone (by FBGEMM_ENABLE_INSTRUCTIONS) 68 instead of 62, and 85 instead
+  of 68. Float16 is as fast as bfloat16, but sums beyond 65,504 are infinite
 - nn.Module in generation: its parts as plain attributes save 7 percent of a token of 10.65M, products that are none 2, Dropout and
   LayerNorm without __call__ 3 (place_for_generation in sample.py)
 - GELU of one row of 1,536: 10 us by oneDNN, 2 without it (place_for_generation in sample.py); without torch.multinomial's checks

@@ -341,15 +341,19 @@ def pick_device(device):
     return device
 
 
-def seconds_of_product(dtype):
-    """Return how long two matrices (512, 512) of dtype take to multiply on the CPU, at best."""
-    x = torch.ones(512, 512, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        x @ x
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+def product_flops(n, dtype, device='cpu', sync=lambda: None):
+    """Return the FLOP/s of a product of two (n, n) matrices, at best; sync waits for the device."""
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    layer = torch.nn.Linear(n, n, bias=False, device=device, dtype=dtype)
+    best = float('inf')
+    with torch.no_grad():
+        for _ in range(5):
+            sync()
+            t0 = time.perf_counter()
+            layer(x)
+            sync()
+            best = min(best, time.perf_counter() - t0)
+    return 2 * n**3 / best
 
 
 @functools.cache
@@ -357,11 +361,10 @@ def cpu_multiplies_bfloat16():
     """Whether this processor multiplies bfloat16 faster than float32.
 
     With AMX many times as fast, by AMD's avx512_bf16 twice, by Intel's, where a virtual machine hides AMX, half as fast: so
-    avx512_bf16 without AMX is timed, which takes 10 ms.
+    avx512_bf16 without AMX is timed, which takes 20 ms.
     """
-    if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
-        return torch.cpu._is_amx_tile_supported()
-    return seconds_of_product(torch.bfloat16) < seconds_of_product(torch.float32)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() \
+        and product_flops(512, torch.bfloat16) > product_flops(512, torch.float32)
 
 
 def keep_memory():
@@ -486,12 +489,10 @@ def setup(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=fresh_store(rank, world_size, timeout), rank=rank, world_size=world_size,
                                 timeout=timeout, device_id=device if backend == 'nccl' else None)
-        if kind == 'cpu':  # what rank 0 has found to be fastest: nodes may differ, gradients must not
-            chosen = [dtype]
-            dist.broadcast_object_list(chosen, src=0)
-            dtype = chosen[0]
     torch.manual_seed(seed)
     run = Run(device, getattr(torch, dtype), compile, rank, local_rank, world_size, seed)
+    if kind == 'cpu':  # what rank 0 has found to be fastest: nodes may differ, gradients must not
+        run.dtype = getattr(torch, run.gather(dtype)[0])
     name = torch.cuda.get_device_name() if kind == 'cuda' else \
         f'{torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)}' if kind == 'cpu' else 'Apple GPU'
     run.print(f'using device={device} ({name}), dtype={dtype}, compile={compile}, '
@@ -521,15 +522,4 @@ def peak_flops(run):
             if re.search(rf'\b{key}\b(?! (Ti|SUPER|D|Laptop|NVL)\b)', name):
                 return 1e12 * (single if run.dtype == torch.float32 else half)
         return None
-    n = 1536
-    x = torch.randn(n, n, device=run.device, dtype=run.dtype)
-    layer = torch.nn.Linear(n, n, bias=False, device=run.device, dtype=run.dtype)
-    best = float('inf')
-    with torch.no_grad():
-        for _ in range(5):
-            run.sync()
-            t0 = time.perf_counter()
-            layer(x)
-            run.sync()
-            best = min(best, time.perf_counter() - t0)
-    return 2 * n**3 / best
+    return product_flops(1536, run.dtype, run.device, run.sync)

@@ -464,15 +464,17 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 # x86 alone: products of float32 with weights stored in float16, in an order of its own
 FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
-SUM_BYTES = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
+# embedding_bag for weights of one byte each, of which every row has its own scale and offset
+embedding_bag_byte = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
 
 
 class StoredLinear:
-    """A Linear whose weights are stored as bfloat16, float16 or int8, for products with so many rows, one of each sequence.
+    """A Linear for generation on a CPU, whose weights are stored as bfloat16, float16 or int8.
 
-    Inputs and outputs are float32: (B, T, in) and (B, T, out). A few rows take as long as the weights take to read, so fewer
-    bytes are less time; all but the products stays in float32, in which the rest of a step is several times faster on a
-    CPU. int8 has one scale per output channel and rounds each weight by at most 1/255 of the channel's largest.
+    Inputs and outputs are float32: (B, T, in) and (B, T, out); rows is the B in which tokens follow one by one, with T = 1.
+    A few rows take as long as the weights take to read, so fewer bytes are less time; all but the products stays in
+    float32, in which the rest of a step is several times faster on a CPU. int8 has one scale per output channel and
+    rounds each weight by at most 1/255 of the channel's largest.
 
     The product with one row is a weighted sum of the matrix's columns, which is what embedding_bag computes: its kernels
     read half precision and bytes as fast as memory gives them, those for products of matrices read bytes half as fast.
@@ -481,7 +483,7 @@ class StoredLinear:
 
     def __init__(self, linear, dtype, rows):
         weight = linear.weight.detach().float()
-        self.n_out, self.n_in = weight.shape
+        self.n_out, n_in = weight.shape
         self.bias, self.scale, self.kernel = linear.bias, None, 'sum'
         if dtype == torch.float16 and FBGEMM:
             self.kernel, self.weight = 'fbgemm', torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
@@ -503,12 +505,11 @@ class StoredLinear:
             self.scale = weight.abs().amax(dim=1).clamp(min=1e-30)
             weight = weight / self.scale[:, None]
         weight = F.pad(weight, (0, 0, 0, self.parts * self.width - self.n_out))
-        weight = weight.view(self.parts, self.width, self.n_in).transpose(1, 2).reshape(-1, self.width)
+        weight = weight.view(self.parts, self.width, n_in).transpose(1, 2).reshape(-1, self.width)  # a part: (in, width)
         self.weight = torch.ops.quantized.embedding_bag_byte_prepack(weight) if dtype == torch.int8 else weight.to(dtype)
-        # which rows of weight each of the sums, first all rows' of the first part, is of, and where each one's begin
-        index = torch.arange(len(weight), dtype=torch.int32).view(self.parts, 1, self.n_in)
-        self.index = index.repeat(1, self.rows, 1).flatten()
-        self.offsets = torch.arange(0, len(self.index), self.n_in, dtype=torch.int32)
+        # the sums, part by part, in each part one for each row of x: each is over all rows of the part's weight
+        self.index = torch.arange(len(weight), dtype=torch.int32).view(self.parts, 1, n_in).repeat(1, self.rows, 1).flatten()
+        self.offsets = torch.arange(0, len(self.index), n_in, dtype=torch.int32)  # where in index each one begins
 
     def __call__(self, x):
         if self.kernel == 'fbgemm':
@@ -517,17 +518,18 @@ class StoredLinear:
             y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, 'none', [], '').float()
             return y if self.bias is None else y + self.bias
         B, T, C = x.shape
+        int8 = self.scale is not None
         if T > 1 or B != self.rows:  # a prompt, or more rows
-            weight = self.weight.float() if self.scale is None else torch.ops.quantized.embedding_bag_byte_unpack(self.weight)
+            weight = torch.ops.quantized.embedding_bag_byte_unpack(self.weight) if int8 else self.weight.float()
             y = (x.reshape(B * T, C) @ weight.view(self.parts, C, self.width)).transpose(0, 1).reshape(B, T, -1)
         else:
-            x = torch.cat((x if self.scale is not None else x.to(self.weight.dtype),) * self.parts).view(-1)
-            y = SUM_BYTES(self.weight, self.index, self.offsets, False, 0, False, x) if self.scale is not None else \
-                torch.embedding_bag(self.weight, self.index, self.offsets, False, 0, False, x)[0].float()
+            x = x if int8 else x.to(self.weight.dtype)
+            bag = (self.weight, self.index, self.offsets, False, 0, False, torch.cat((x,) * self.parts).view(-1))
+            y = embedding_bag_byte(*bag) if int8 else torch.embedding_bag(*bag)[0].float()  # (parts * B, width)
             y = y.view(self.parts, B, -1).transpose(0, 1).reshape(B, 1, -1) if B > 1 else y.view(1, 1, -1)
         if y.size(2) != self.n_out:
             y = y[..., :self.n_out]
-        if self.scale is not None:
+        if int8:
             y = y.mul_(self.scale)
         return y if self.bias is None else y + self.bias
 

@@ -58,7 +58,7 @@ def pick_dtype(device, num_samples):
     """Return the name of the dtype for the weights in which device generates so many samples together fastest."""
     if device != 'cpu':
         return 'auto'
-    if num_samples == 1 or cpu_multiplies_bfloat16():
+    if num_samples == 1 or cpu_multiplies_bfloat16():  # one sample takes as long as its weights take to read
         return 'bfloat16'
     return 'float16' if FBGEMM else 'float32'
 

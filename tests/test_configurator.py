@@ -146,7 +146,7 @@ def test_setup_refuses_what_it_cannot_do(monkeypatch, capsys, settings, words):
 def test_dtype_auto_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, capsys, amx, bf16, ratio, expected):
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
-    monkeypatch.setattr(configurator, 'seconds_of_product', lambda dtype: {torch.float32: 1, torch.bfloat16: ratio}[dtype])
+    monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: {torch.float32: 1, torch.bfloat16: 1 / ratio}[dtype])
     monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16', configurator.cpu_multiplies_bfloat16.__wrapped__)
     run = setup(device='cpu')
     assert run.dtype == getattr(torch, expected) and f'dtype={expected}' in capsys.readouterr().out

@@ -301,7 +301,7 @@ def test_int8_rounds_a_weight_by_at_most_a_255th_of_its_channels_largest():
     assert off.abs().mean() > 0
 
 
-@pytest.mark.parametrize('width', [1, 8, 20, 33, 65, 130])
+@pytest.mark.parametrize('width', [1, 8, 20, 24, 33, 40, 65, 100, 130])
 @pytest.mark.parametrize('threads', [1, 3])
 def test_stored_weights_of_any_width_are_multiplied(width, threads, monkeypatch):
     monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
