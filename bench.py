@@ -27,9 +27,9 @@ What was tried on a CPU (2-core AMD EPYC, Zen 4: avx512_bf16, no AMX; 64 x 256 t
 - avx512_bf16 of an Intel Xeon whose AMX is hidden: 512 x 512 products in bfloat16 1.6 ms, in float32 0.8, so an update takes 4.8 to
   5.1 s in float32, 8.9 in bfloat16, 5.6 in float16: dtype=auto times the two products (cpu_multiplies_bfloat16 in configurator.py)
 - the same Xeon in bfloat16, where all passes that are no products take 0.50 s of an update at the least: softmax and mask 115 ms,
-  GELU 92, LayerNorm 53, random bytes 45, masks and their products 44, the two sums 31. So 10 times the plain way, about 1 s with
-  AMX, leaves 0.5 s for products: what they took there without attention's
-- there, too: mask and softmax 14 ms, torch._masked_softmax 98; random bytes by numpy's SFC64 1.6 ms instead of 3.7, but
+  GELU 92, LayerNorm 53, random bytes 45, masks and their products 44, the two sums 31. An update of 1 s, about 10
+  times the plain way with AMX, leaves 0.5 s for products, as long as the Linear layers' alone took with AMX
+- tried on that Xeon: mask and softmax 14 ms, torch._masked_softmax 98; random bytes by numpy's SFC64 1.6 ms instead of 3.7, but
   torch.compile cannot have them in its graph; q, k and v by unbind() of (B, T, 3, H, D): backward 8 of 94 ms less in float32, 1
   to 2 percent of an update, the same in bfloat16, and one sample 2 percent slower; float32 attention 34 ms forward and 80
   backward by torch, 47 and 68 by products
