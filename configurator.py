@@ -341,19 +341,22 @@ def pick_device(device):
     return device
 
 
-def product_flops(n, dtype, device='cpu', sync=lambda: None):
-    """Return the FLOP/s of a product of two (n, n) matrices, at best; sync waits for the device."""
+def product_flops(n, dtype, device='cpu', sync=lambda: None, seconds=0.0):
+    """Return the FLOP/s of a product of two (n, n) matrices: the best of five, or of more, to fill so many seconds.
+
+    sync waits for the device.
+    """
     x = torch.randn(n, n, device=device, dtype=dtype)
     layer = torch.nn.Linear(n, n, bias=False, device=device, dtype=dtype)
-    best = float('inf')
+    times, end = [], time.perf_counter() + seconds
     with torch.no_grad():
-        for _ in range(5):
+        while len(times) < 5 or time.perf_counter() < end:
             sync()
             t0 = time.perf_counter()
             layer(x)
             sync()
-            best = min(best, time.perf_counter() - t0)
-    return 2 * n**3 / best
+            times.append(time.perf_counter() - t0)
+    return 2 * n**3 / min(times)
 
 
 @functools.cache
@@ -513,8 +516,8 @@ GPU_PEAK_TFLOPS = {
 def peak_flops(run):
     """Peak FLOP/s of one process's device in run.dtype, or None where it is not known.
 
-    A GPU's is from the table above; a CPU's, and MPS's, is what one large matrix product reaches here, in
-    about 0.2 s.
+    A GPU's is from the table above; a CPU's, and MPS's, is what one large matrix product reaches here, in half a
+    second: a virtual machine may compute half as fast for longer than a few of them take.
     """
     if run.device.type == 'cuda':
         name = torch.cuda.get_device_name(run.device)
@@ -522,4 +525,4 @@ def peak_flops(run):
             if re.search(rf'\b{key}\b(?! (Ti|SUPER|D|Laptop|NVL)\b)', name):
                 return 1e12 * (single if run.dtype == torch.float32 else half)
         return None
-    return product_flops(1536, run.dtype, run.device, run.sync)
+    return product_flops(1536, run.dtype, run.device, run.sync, seconds=0.5)

@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,17 @@ def test_random_streams_depend_on_seed_stream_and_index_alone():
     assert a.derive_seed('train', 5) == b.derive_seed('train', 5)
     seeds = {a.derive_seed(s, *i) for s in ('train', 'dropout') for i in ((0,), (1,), (0, 0), (0, 1), (1, 0), (10,))}
     assert len(seeds) == 12
+
+
+def test_the_peak_is_measured_for_longer_than_a_machine_is_slow(run, monkeypatch):
+    now = 0.0
+
+    def sync():  # after the product, and before it
+        nonlocal now
+        now += 0.03 if now < 0.36 else 0.01
+    monkeypatch.setattr(configurator, 'time', SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(Run, 'sync', lambda self: sync())
+    assert configurator.peak_flops(run) == pytest.approx(2 * 1536**3 / 0.01)
 
 
 def test_gpu_peaks_are_found_by_name(monkeypatch):
