@@ -1,29 +1,32 @@
 """
-GPT-2 and its modern variants: the configuration, the layers, the key-value cache and the model.
+GPT-2 and its modern variants: the layers, the key-value cache, and weights in and out.
 
     model = GPT(GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384))
     logits, loss = model(idx, targets)
     for token in model.generate(idx, max_new_tokens=100): ...
 
-The default of every switch in GPTConfig gives GPT-2 (https://github.com/openai/gpt-2), and module names are
-GPT-2's, so are the keys of state_dict. In comments on shapes:
+The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2). Modules and the keys of the
+state_dict have GPT-2's names. Shapes in comments:
 B batch, T time, C n_embd, H heads, D head_dim, V vocab, S cached positions.
 """
 import json
 import math
 import os
+import re
+import time
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn as nn
+from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from data.safetensors import read_safetensors, write_safetensors
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT; ValueError where it makes no sense."""
+    """The shape of a GPT; raises ValueError if it makes no sense."""
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
     n_layer: int = 12
@@ -31,60 +34,64 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm
-    activation: str = 'gelu'  # gelu (exact) | gelu_tanh (OpenAI's GPT-2) | relu2 (https://arxiv.org/abs/2109.08668)
-    norm: str = 'layernorm'  # layernorm | rmsnorm (https://arxiv.org/abs/1910.07467)
-    rotary: bool = False  # rotary positions (https://arxiv.org/abs/2104.09864) instead of learned ones
-    qk_norm: bool = False  # LayerNorm, without parameters, of queries and keys (https://arxiv.org/abs/2302.05442)
-    token_shift: bool = False  # half of attention's and MLP's input is of the position before (https://arxiv.org/abs/2305.13048)
+    activation: str = 'gelu'  # see ACTIVATIONS
+    norm: str = 'layernorm'  # see NORMS
+    rotary: bool = False  # rotary instead of learned positions (https://arxiv.org/abs/2104.09864)
+    qk_norm: bool = False  # normalize queries and keys (https://arxiv.org/abs/2302.05442)
+    token_shift: bool = False  # mix in the previous position (https://arxiv.org/abs/2305.13048)
     tie_weights: bool = True  # lm_head shares the matrix of wte
     zero_init: bool = False  # c_proj starts at zero, so every block starts as the identity
-    softcap: float = 0.0  # c * tanh(logits / c), 0 for none (https://arxiv.org/abs/2408.00118)
+    softcap: float = 0.0  # c * tanh(logits / c), 0 disables it (https://arxiv.org/abs/2408.00118)
 
     def __post_init__(self):
-        if wrong := [f for f in fields(self) if not isinstance(getattr(self, f.name), (f.type, int))]:
-            raise ValueError('; '.join(f'{f.name}={getattr(self, f.name)!r} is no {f.type.__name__}' for f in wrong))
-        problems = [f'{key}={getattr(self, key)}: {key} is at least 1'
-                    for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if getattr(self, key) < 1]
-        if not problems:  # else it may divide by zero
-            head_dim, rest = divmod(self.n_embd, self.n_head)
-            if rest:
-                problems.append(f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}')
-            elif self.rotary and head_dim % 2:
-                problems.append(f'n_embd/n_head={head_dim} is odd: rotary turns pairs of channels')
-            if self.token_shift and self.n_embd == 1:
-                problems.append('n_embd=1: token_shift moves half of the channels')
-        if not 0 <= self.dropout < 1:
-            problems.append(f'dropout={self.dropout}: dropout is at least 0 and below 1')
-        if self.activation not in ACTIVATIONS:
-            problems.append(f'activation={self.activation}: activation is one of {", ".join(ACTIVATIONS)}')
-        if self.norm not in ('layernorm', 'rmsnorm'):
-            problems.append(f'norm={self.norm}: norm is one of layernorm, rmsnorm')
-        if not 0 <= self.softcap < math.inf:
-            problems.append(f'softcap={self.softcap}: softcap is at least 0, which is off')
+        problems = [f'{f.name}={getattr(self, f.name)!r} is no {f.type.__name__}'
+                    for f in fields(self) if not isinstance(getattr(self, f.name), (f.type, int))]
+        if problems:
+            raise ValueError('; '.join(problems))
+        sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
+        problems += [f'{key}={getattr(self, key)}: {key} is at least 1'
+                     for key in sizes if getattr(self, key) < 1]
+        head_dim, rest = divmod(self.n_embd, max(1, self.n_head))
+        rules = {
+            f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}': rest == 0,
+            f'n_embd/n_head={head_dim} is odd: rotary turns pairs of channels':
+                not self.rotary or rest or head_dim % 2 == 0,
+            'n_embd=1: token_shift moves half of the channels':
+                not self.token_shift or self.n_embd > 1,
+            f'dropout={self.dropout}: dropout is at least 0 and below 1': 0 <= self.dropout < 1,
+            f'activation={self.activation}: activation is one of {", ".join(ACTIVATIONS)}':
+                self.activation in ACTIVATIONS,
+            f'norm={self.norm}: norm is one of {", ".join(NORMS)}': self.norm in NORMS,
+            f'softcap={self.softcap}: softcap is at least 0': 0 <= self.softcap < math.inf}
+        problems += [problem for problem, holds in rules.items() if not holds]
         if problems:
             raise ValueError('; '.join(problems))
 
     @classmethod
     def from_pretrained(cls, folder, block_size=0, dropout=0.0):
-        """Return the shape of the GPT-2 in folder, as GPT.from_pretrained does, from its config.json alone."""
+        """Return the shape of the GPT-2 in folder; see GPT.from_pretrained."""
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             c = json.load(f)
         activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
-        if c.get('model_type') != 'gpt2' or c.get('activation_function', 'gelu_new') not in activations:
+        activation = activations.get(c.get('activation_function', 'gelu_new'))
+        if c.get('model_type') != 'gpt2' or not activation:
             raise ValueError(f'{folder}/config.json does not describe a GPT-2')
-        for key, ours in (('layer_norm_epsilon', 1e-5), ('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False)):
+        for key, ours in (('layer_norm_epsilon', 1e-5), ('scale_attn_weights', True),
+                          ('scale_attn_by_inverse_layer_idx', False)):
             if c.get(key, ours) != ours:
-                raise ValueError(f'{folder}/config.json has {key}={c[key]}, this GPT-2 computes with {ours}')
+                raise ValueError(f'{folder}/config.json has {key}={c[key]}, quill has {ours}')
         if not 0 <= block_size <= c['n_positions']:
-            raise ValueError(f'block_size={block_size}: this model has {c["n_positions"]} positions')
+            raise ValueError(f'block_size={block_size} but it has {c["n_positions"]} positions')
         return cls(
-            block_size=block_size or c['n_positions'], vocab_size=c['vocab_size'], n_layer=c['n_layer'], n_head=c['n_head'],
-            n_embd=c['n_embd'], dropout=dropout, bias=True, activation=activations[c.get('activation_function', 'gelu_new')],
-            tie_weights=c.get('tie_word_embeddings', True))
-
+            block_size=block_size or c['n_positions'], vocab_size=c['vocab_size'],
+            n_layer=c['n_layer'], n_head=c['n_head'], n_embd=c['n_embd'], dropout=dropout,
+            bias=True, activation=activation, tie_weights=c.get('tie_word_embeddings', True))
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)**2. Its own backward has two operations instead of the five of torch's, and keeps one tensor instead of two."""
+    """relu(x)**2 (https://arxiv.org/abs/2109.08668).
+
+    torch's own backward takes five operations instead of two, and keeps two tensors instead of one.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -96,97 +103,93 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx, dy):
         return (dy * ctx.saved_tensors[0]).mul_(2)
 
-
 ACTIVATIONS = {
-    'gelu': F.gelu,
-    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+    'gelu': F.gelu,  # exact
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # OpenAI's GPT-2
     'relu2': SquaredReLU.apply,
 }
 
-
 class RMSNorm(nn.RMSNorm):
-    """torch's, which wants its weight in the dtype of x, unlike LayerNorm."""
+    """torch's, but with its weight cast to the dtype of x, as LayerNorm does."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
-
-def make_norm(config):
-    if config.norm == 'rmsnorm':
-        return RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
-
+NORMS = {
+    'layernorm': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
+    # on a CPU RMSNorm takes five times as long as LayerNorm, which is a single kernel
+    'rmsnorm': lambda config: RMSNorm(config.n_embd, eps=1e-5),  # https://arxiv.org/abs/1910.07467
+}
 
 class Dropout(nn.Module):
-    """Zero each element with probability p and divide the others by 1 - p, in training.
+    """In training, zero each element with probability p and divide the others by 1 - p.
 
-    Differs from nn.Dropout in where the randomness comes from: one random byte an element, of torch's global
-    generator, which train_step seeds for each micro-batch. p is rounded to a multiple of 1/256. Where the rows of
-    a micro-batch are split over processes, each draws the mask of the whole micro-batch and takes its own
-    rows, so the masks do not depend on the number of processes.
+    nn.Dropout takes several times as long on a CPU. This one takes one random byte per element, so
+    p is rounded to a multiple of 1/256. `update` seeds the generator for each micro-batch. If
+    `parts` processes share the rows of a micro-batch, each draws the mask of all rows and takes
+    part `part`, so masks do not depend on the number of processes.
     """
 
     def __init__(self, p):
         super().__init__()
         self.threshold = max(1, min(255, round(p * 256))) if p else 0
-        self.part, self.parts = 0, 1  # these rows are part `part` of `parts` equal ones
+        self.part, self.parts = 0, 1
 
     def forward(self, x):
         if not self.training or not self.threshold:
             return x
         n = x.numel() * self.parts
-        if x.device.type == 'mps':  # has no generator of 64 bits
+        if x.device.type == 'mps':  # its generator has no 64-bit integers
             noise = torch.randint(256, (n,), dtype=torch.uint8, device=x.device)
-        else:
-            # bytes come eight at a time: 64 random bits cost a generator as much as one
-            noise = torch.randint(-2**63, 2**63 - 1, ((n + 7) // 8,), device=x.device).view(torch.uint8)
+        else:  # eight bytes from one 64-bit number, which costs a generator no more than one byte
+            noise = torch.randint(-2**63, 2**63 - 1, ((n + 7) // 8,), device=x.device)
+            noise = noise.view(torch.uint8)
         noise = noise[self.part * x.numel():][:x.numel()].view(x.shape)
-        # 0 or 1, at once in the dtype of x: to make it of a Boolean mask takes ten times as long
+        # write 0 and 1 directly in x.dtype: casting a boolean mask is ten times slower on a CPU
         mask = torch.ge(noise, self.threshold, out=torch.empty_like(x))
         return x * mask.mul_(256 / (256 - self.threshold))
 
     def extra_repr(self):
         return f'p={self.threshold / 256:.4g}'
 
-
 class KVCache:
     """The keys and values of every layer for the positions seen so far.
 
-    Memory for max_length positions is allocated once, by the first append: 2 * n_layer tensors (B, H, max_length, D).
+    The first append allocates max_length positions: 2 * n_layer tensors (B, H, max_length, D).
     """
 
     def __init__(self, max_length):
         self.max_length = max_length
         self.k, self.v = {}, {}  # by layer
-        self.last = {}  # by layer and part ('attn' or 'mlp'), for token_shift: half of its input (B, 1, C/2) at the last position
-        self.length = 0  # S, the positions in use; GPT.forward moves it on
+        # for token_shift, by (layer, 'attn' or 'mlp'): half of its input at the last position
+        self.last = {}  # (B, 1, C/2)
+        self.length = 0  # S, the positions in use; GPT.forward increases it
 
     def append(self, layer, k, v):
-        """Store k and v (B, H, T, D) of new positions; return those of all positions (B, H, S+T, D)."""
+        """Store k and v (B, H, T, D); return those of all positions (B, H, S+T, D)."""
         if layer not in self.k:
             B, H, _, D = k.shape
-            self.k[layer], self.v[layer] = k.new_empty(B, H, self.max_length, D), v.new_empty(B, H, self.max_length, D)
+            self.k[layer] = k.new_empty(B, H, self.max_length, D)
+            self.v[layer] = v.new_empty(B, H, self.max_length, D)
         end = self.length + k.size(2)
         self.k[layer][:, :, self.length:end] = k
         self.v[layer][:, :, self.length:end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
-
 def rotate(x, cos, sin):
-    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by angles given as [cos, cos] and [-sin, sin] (T, D)."""
+    """Rotate the channel pairs (i, i + D/2) of x (B, H, T, D) by angles given as (T, D) tables."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, -1), sin.to(x.dtype))
 
-
 def attention_by_products(q, k, v):
-    """Causal attention of q, k, v (B, H, T, D), whose weights (B, H, T, T) are kept for the backward pass.
+    """Causal attention of q, k, v (B, H, T, D) that keeps its (B, H, T, T) weights for backward.
 
-    In bfloat16 on a CPU half as much time, forward and backward, as F.scaled_dot_product_attention, which keeps none.
+    In bfloat16 on a CPU, forward and backward take half as long as those of
+    F.scaled_dot_product_attention. Skipping the masked half in chunks did not pay.
     """
     T, D = q.shape[-2:]
     mask = q.new_full((T, T), -torch.inf).triu_(1)
     q, k, v = (t.contiguous() for t in (q * D**-0.5, k, v))
     return (q @ k.mT).add_(mask).softmax(dim=-1) @ v
-
 
 class CausalSelfAttention(nn.Module):
 
@@ -195,7 +198,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.qk_norm = config.qk_norm
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
@@ -209,20 +212,20 @@ class CausalSelfAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if self.training and self.attn_dropout.threshold:
-            # drop whole keys, for all queries alike (https://arxiv.org/abs/1907.11065): dropping single
-            # attention weights would need the (T, T) matrix, which fused attention, on a GPU, never forms
+            # drop whole keys (https://arxiv.org/abs/1907.11065): dropping single weights would need
+            # the (T, T) matrix, which fused attention never forms
             v = v * self.attn_dropout(v.new_ones(B, self.n_head, T, 1))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S+T, D)
-        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and cache is None \
-                and T <= 1024:  # for longer sequences its weights would take more memory than all else
+        by_products = q.device.type == 'cpu' and q.dtype == torch.bfloat16
+        # for long sequences the attention weights would take too much memory
+        if by_products and torch.is_grad_enabled() and cache is None and T <= 1024:
             y = attention_by_products(q, k, v)
         else:
-            # one new query sees every cached key; is_causal would align the mask to the upper left
+            # a single query sees all cached keys; is_causal would let it see the first one only
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
-
 
 class MLP(nn.Module):
 
@@ -236,75 +239,71 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
-
 class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
         self.token_shift = config.token_shift
-        self.ln_1 = make_norm(config)
+        self.ln_1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = make_norm(config)
+        self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
 
     def shift(self, part, x, cache=None):
-        """Move the first half of the channels of x (B, T, C), the input of `part`, one position on; zeros come first."""
+        """Return x (B, T, C) with half of its channels taken from the previous position.
+
+        part: 'attn' or 'mlp', whose input x is. The first position gets zeros.
+        """
         if not self.token_shift:
             return x
-        late, rest = x.chunk(2, dim=-1)
-        before = torch.zeros_like(late[:, :1])
+        shifted, rest = x.chunk(2, dim=-1)  # (B, T, C/2)
+        previous = torch.zeros_like(shifted[:, :1])
         if cache is not None:
             if cache.length:
-                before = cache.last[self.attn.layer, part]
-            cache.last[self.attn.layer, part] = late[:, -1:]
-        return torch.cat([torch.cat([before, late[:, :-1]], dim=1), rest], dim=-1)
+                previous = cache.last[self.attn.layer, part]
+            cache.last[self.attn.layer, part] = shifted[:, -1:]
+        shifted = torch.cat([previous, shifted[:, :-1]], dim=1)
+        return torch.cat([shifted, rest], dim=-1)
 
     def forward(self, x, rotation=None, cache=None):
         x = x + self.attn(self.shift('attn', self.ln_1(x), cache), rotation, cache)
         x = x + self.mlp(self.shift('mlp', self.ln_2(x), cache))
         return x
 
-
-class SkipInit(TorchFunctionMode):
-    """Within this context weights are not drawn, since they are loaded next.
-
-    On the meta device, where only shapes are wanted, drawing would import torch._dynamo: a second of every start-up.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, '__module__', '') == 'torch.nn.init':
-            return None
-        return func(*args, **(kwargs or {}))
-
+    def compile_for_training(self):
+        """Compile forward in training mode only; evaluation and generation stay eager."""
+        eager, compiled = self.forward, torch.compile(self.forward)
+        self.forward = lambda *args: (compiled if self.training else eager)(*args)
 
 class GPT(nn.Module):
-    """A GPT of the given GPTConfig, initialized like GPT-2 from torch's global generator."""
+    """A GPT with the shape of a GPTConfig, initialized like GPT-2 from torch's global generator."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # less memory, for a third more computation
+        self.activation_checkpointing = False  # recompute blocks in the backward pass
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rotary else {'wpe': nn.Embedding(config.block_size, config.n_embd)}),
             drop=Dropout(config.dropout),
             h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            ln_f=make_norm(config),
+            ln_f=NORMS[config.norm](config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         if config.rotary:
             half = config.n_embd // config.n_head // 2
-            # device: on the meta device, where only shapes are wanted, this too would import torch._dynamo (see SkipInit)
-            position, pair = torch.arange(config.block_size, device='cpu'), torch.arange(half, device='cpu')
-            angles = torch.outer(position, 10000 ** (-pair / half))  # (T, D/2)
-            self.register_buffer('cos', angles.cos().repeat(1, 2), persistent=False)
-            self.register_buffer('sin', torch.cat([-angles.sin(), angles.sin()], dim=1), persistent=False)
+            frequencies = 10000 ** (-torch.arange(half) / half)
+            angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)
+            cos, sin = angles.cos(), angles.sin()
+            self.register_buffer('cos', torch.cat([cos, cos], dim=1), persistent=False)
+            self.register_buffer('sin', torch.cat([-sin, sin], dim=1), persistent=False)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
-                # each block adds two terms to the residual stream: keep their sum's variance independent of depth
-                nn.init.normal_(p, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+                # 2 * n_layer terms are added to the residual stream: keep the variance of their sum
+                std = 0.02 / math.sqrt(2 * config.n_layer)
+                nn.init.normal_(p, std=0.0 if config.zero_init else std)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith('bias'):
@@ -312,16 +311,14 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, block_size=0, dropout=0.0):
-        """Return the GPT-2 in folder: config.json and model.safetensors as Hugging Face's transformers write them.
+        """Return the GPT-2 in folder: config.json and model.safetensors of transformers.
 
-        block_size > 0 keeps only the first so many positions. ValueError where the folder holds something else.
+        block_size > 0 keeps only that many positions. Raises ValueError for other models.
         """
-        with SkipInit():
-            model = cls(GPTConfig.from_pretrained(folder, block_size, dropout))
-        tensors = read_safetensors(os.path.join(folder, 'model.safetensors'))
-        own = model.state_dict()
-        loaded = set()
-        for name, tensor in tensors.items():
+        model = cls(GPTConfig.from_pretrained(folder, block_size, dropout))
+        path = os.path.join(folder, 'model.safetensors')
+        own, loaded = model.state_dict(), set()
+        for name, tensor in read_safetensors(path).items():
             if name != 'lm_head.weight' and not name.startswith('transformer.'):
                 name = f'transformer.{name}'  # OpenAI's own files leave it out
             if name.endswith(('.attn.bias', '.attn.masked_bias')):
@@ -331,25 +328,25 @@ class GPT(nn.Module):
             if name == 'transformer.wpe.weight':
                 tensor = tensor[:model.config.block_size]
             if name not in own or own[name].shape != tensor.shape:
-                raise ValueError(f'{folder}/model.safetensors: {name} {tuple(tensor.shape)} does not fit config.json')
-            with torch.no_grad():
-                own[name].copy_(tensor)
+                raise ValueError(f'{path}: {name} {tuple(tensor.shape)} does not fit config.json')
+            own[name].copy_(tensor)
             loaded.add(name)
         missing = set(own) - loaded - ({'lm_head.weight'} if model.config.tie_weights else set())
         if missing:
-            raise ValueError(f'{folder}/model.safetensors lacks {min(missing)}')
+            raise ValueError(f'{path} lacks {min(missing)}')
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, which transformers.GPT2LMHeadModel.from_pretrained(folder) reads.
+        """Write config.json and model.safetensors, which transformers.GPT2LMHeadModel reads.
 
-        ValueError names the switch that GPT-2 has no counterpart for. Biases that the model lacks are written as zeros.
+        Missing biases are written as zeros. ValueError names a setting that GPT-2 does not have.
         """
         c = self.config
-        for switch, gpt2 in (('activation', ('gelu', 'gelu_tanh')), ('norm', ('layernorm',)), ('rotary', (False,)),
-                             ('qk_norm', (False,)), ('token_shift', (False,)), ('softcap', (0.0,))):
-            if getattr(c, switch) not in gpt2:
-                raise ValueError(f'{switch}={getattr(c, switch)} has no counterpart in GPT-2')
+        gpt2 = {'activation': ('gelu', 'gelu_tanh'), 'norm': ('layernorm',), 'rotary': (False,),
+                'qk_norm': (False,), 'token_shift': (False,), 'softcap': (0.0,)}
+        for key, values in gpt2.items():
+            if getattr(c, key) not in values:
+                raise ValueError(f'{key}={getattr(c, key)} has no counterpart in GPT-2')
         tensors = {}
         for name, tensor in self.state_dict().items():
             if name == 'lm_head.weight' and c.tie_weights:
@@ -360,37 +357,41 @@ class GPT(nn.Module):
             if not c.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
                 tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(tensor.size(-1))
         write_safetensors(tensors, os.path.join(folder, 'model.safetensors'))
+        config = {
+            'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'torch_dtype': 'float32',
+            'n_positions': c.block_size, 'n_ctx': c.block_size, 'vocab_size': c.vocab_size,
+            'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
+            'activation_function': 'gelu' if c.activation == 'gelu' else 'gelu_new',
+            'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': c.tie_weights,
+            'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout}
         with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
-            json.dump({
-                'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'n_positions': c.block_size, 'n_ctx': c.block_size,
-                'vocab_size': c.vocab_size, 'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
-                'activation_function': {'gelu': 'gelu', 'gelu_tanh': 'gelu_new'}[c.activation],
-                'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': c.tie_weights, 'resid_pdrop': c.dropout,
-                'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout, 'torch_dtype': 'float32'}, f, indent=1)
+            json.dump(config, f, indent=1)
 
     def num_params(self, non_embedding=True):
-        """Number of parameters; `non_embedding` leaves out wpe but not wte, which is also the output matrix."""
+        """Return the number of parameters, by default without those of learned positions."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding and not self.config.rotary:
             n -= self.transformer.wpe.weight.numel()
         return n
 
     def flops_per_token(self):
-        """FLOPs of forward and backward for one token of a full block (PaLM, https://arxiv.org/abs/2204.02311, B)."""
-        c = self.config
-        matrices = self.num_params() - (0 if c.tie_weights else self.transformer.wte.weight.numel())  # looking up is free
-        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
+        """Return the FLOPs of forward and backward per token (https://arxiv.org/abs/2204.02311)."""
+        c, n = self.config, self.num_params()
+        if not c.tie_weights:
+            n -= self.transformer.wte.weight.numel()  # a lookup is not a product
+        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     def forward(self, idx, targets=None, cache=None):
         """Return (logits, loss) for token ids idx (B, T).
 
-        logits is (B, T, V); with a KVCache, whose positions come before idx, only the last position's (B, 1, V).
-        loss is the mean cross-entropy in nats against targets (B, T), where -1 is not counted; None without targets.
+        logits: (B, T, V). loss: mean cross-entropy against targets (B, T) in nats, or None without
+        targets; a target of -1 is not counted. cache: a KVCache of the positions before idx; then
+        logits are those of the last position only, (B, 1, V).
         """
         past = cache.length if cache is not None else 0
         T = idx.size(1)
         if past + T > self.config.block_size:
-            raise ValueError(f'{past + T} tokens do not fit into block_size={self.config.block_size}')
+            raise ValueError(f'{past + T} tokens exceed block_size={self.config.block_size}')
         if past and T > 1:
             raise ValueError('after the first call, a cache takes one token at a time')
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -400,12 +401,11 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer.wpe.weight[past:past + T]
         if x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
-            # what follows stays in it: half the bytes in each pass. On a GPU LayerNorm would go back to float32
+            # keep the residual stream in the dtype of autocast: half the bytes in every pass
             x = x.to(torch.get_autocast_dtype('cpu'))
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:
-                # keep only the block's input, compute the rest anew in the backward pass, with the same dropout
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation, cache)
@@ -417,17 +417,19 @@ class GPT(nn.Module):
             logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab_size=None):
-        """Continue token ids idx (B, T), yielding the next id of each sequence (B,), max_new_tokens times.
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+                 vocab_size=None):
+        """Yield the next token id of each sequence (B,) after idx (B, T), max_new_tokens times.
 
-        temperature 0 takes the likeliest token. top_k > 0 keeps the k likeliest; top_p < 1 keeps the likeliest
-        that together reach probability top_p. Ids at or beyond vocab_size (padding of the vocabulary) are never
-        drawn. Once block_size positions are cached, the last half of the context is fed anew and serves as the
-        context from there on, so the cost of a token stays constant. Computes in the dtype of the weights: autocast
-        would cast all of them for every token (on a CPU, see store_weights). The caller sets eval mode.
+        temperature 0 takes the most likely token. top_k > 0 samples from the k most likely tokens,
+        top_p < 1 from the most likely ones that together reach probability top_p. Ids from
+        vocab_size on are padding and never drawn. The caller sets eval mode.
+        Once block_size positions are cached, generation goes on from the last half of them, so
+        that the cost of a token stays constant.
         """
         block_size = self.config.block_size
         new = tokens = idx[:, -block_size:]
@@ -437,156 +439,104 @@ class GPT(nn.Module):
                 new = tokens = tokens[:, -max(1, block_size // 2):]
                 cache.length = 0
             logits, _ = self(new, cache=cache)
-            next_token = draw(logits[:, -1, :vocab_size].float(), temperature, top_k, top_p, generator)
+            logits = logits[:, -1, :vocab_size].float()
+            next_token = draw(logits, temperature, top_k, top_p, generator)
             new = next_token[:, None]
             tokens = torch.cat([tokens, new], dim=1)
             yield next_token
 
-
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one id per row of logits (B, V), as GPT.generate describes; returns (B,)."""
+    """Draw one id per row of logits (B, V), as GPT.generate describes; return (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = logits / max(temperature, 1e-30), None  # which stays finite
-    if 0 < top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)  # in falling order; what follows has only (B, top_k) to do
+    logits, ids = logits / max(temperature, 1e-30), None  # stays finite
+    if 0 < top_k < logits.size(-1):  # what follows has only (B, top_k) numbers to process
+        logits, ids = logits.topk(top_k)
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
     p = logits.softmax(dim=-1)
-    if top_p < 1:
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # the likelier ones alone reach it: so the first always stays
+    if top_p < 1:  # drop a token if the more likely ones reach top_p without it
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)
     choice = torch.multinomial(p, 1, generator=generator)
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
 
-
 # -----------------------------------------------------------------------------
-# fewer bytes for the weights, for generation on a CPU
+# the optimizer of its matrices
 
-# x86 alone: products of float32 with weights stored in float16, in an order of its own
-FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
-# embedding_bag for weights of one byte each, of which every row has its own scale and offset
-embedding_bag_byte = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
+class Muon(torch.optim.Optimizer):
+    """Momentum, then orthogonalized updates (https://kellerjordan.github.io/posts/muon/).
 
-
-class StoredLinear:
-    """A Linear for generation on a CPU, whose weights are stored as bfloat16, float16 or int8.
-
-    Inputs and outputs are float32: (B, T, in) and (B, T, out); rows is the B in which tokens follow one by one, with T = 1.
-    A few rows take as long as the weights take to read, so fewer bytes are less time; all but the products stays in
-    float32, in which the rest of a step is several times faster on a CPU. int8 has one scale per output channel and
-    rounds each weight by at most 1/255 of the channel's largest.
-
-    The product with one row is a weighted sum of the matrix's columns, which is what embedding_bag computes: its kernels
-    read half precision and bytes as fast as memory gives them, those for products of matrices read bytes half as fast.
-    No nn.Module, whose call takes 1 us more.
+    torch.optim.Muon always multiplies in bfloat16, which many CPUs emulate slowly. This one
+    multiplies in `dtype`, and orthogonalizes all matrices of one shape together.
     """
 
-    def __init__(self, linear, dtype, rows):
-        weight = linear.weight.detach().float()
-        self.n_out, n_in = weight.shape
-        self.bias, self.scale, self.kernel = linear.bias, None, 'sum'
-        if dtype == torch.float16 and FBGEMM:
-            self.kernel, self.weight = 'fbgemm', torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
-            return
-        if rows > 1 and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
-                and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            # in the order in which oneDNN's kernel reads them, by the operators that torch.compile uses
-            self.kernel, self.weight = 'onednn', torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
-            return
-        # more rows are faster as a product; float16 would not hold large inputs
-        self.rows = rows if rows <= 16 and dtype != torch.float16 else 0
-        # the outputs in parts, for each thread as many, narrow enough that a part's sums stay in registers; two where
-        # there are outputs enough, since for a single sum in half precision torch takes a way ten times as slow
-        threads = max(2, torch.get_num_threads())
-        parts = threads * math.ceil(self.n_out / 256 / threads)
-        self.width = math.ceil(self.n_out / parts / 16) * 16
-        self.parts = math.ceil(self.n_out / self.width)
-        if dtype == torch.int8:
-            self.scale = weight.abs().amax(dim=1).clamp(min=1e-30)
-            weight = weight / self.scale[:, None]
-        weight = F.pad(weight, (0, 0, 0, self.parts * self.width - self.n_out))
-        weight = weight.view(self.parts, self.width, n_in).transpose(1, 2).reshape(-1, self.width)  # a part: (in, width)
-        self.weight = torch.ops.quantized.embedding_bag_byte_prepack(weight) if dtype == torch.int8 else weight.to(dtype)
-        # the sums, part by part, in each part one for each row of x: each is over all rows of the part's weight
-        self.index = torch.arange(len(weight), dtype=torch.int32).view(self.parts, 1, n_in).repeat(1, self.rows, 1).flatten()
-        self.offsets = torch.arange(0, len(self.index), n_in, dtype=torch.int32)  # where in index each one begins
+    def __init__(self, params, lr, momentum, weight_decay, dtype):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
 
-    def __call__(self, x):
-        if self.kernel == 'fbgemm':
-            return torch.ops.quantized.linear_dynamic_fp16._op(x, self.weight)  # itself: a look through its arguments takes 5 us
-        if self.kernel == 'onednn':
-            y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, 'none', [], '').float()
-            return y if self.bias is None else y + self.bias
-        B, T, C = x.shape
-        int8 = self.scale is not None
-        if T > 1 or B != self.rows:  # a prompt, or more rows
-            weight = torch.ops.quantized.embedding_bag_byte_unpack(self.weight) if int8 else self.weight.float()
-            y = (x.reshape(B * T, C) @ weight.view(self.parts, C, self.width)).transpose(0, 1).reshape(B, T, -1)
-        else:
-            x = x if int8 else x.to(self.weight.dtype)
-            bag = (self.weight, self.index, self.offsets, False, 0, False, torch.cat((x,) * self.parts).view(-1))
-            y = embedding_bag_byte(*bag) if int8 else torch.embedding_bag(*bag)[0].float()  # (parts * B, width)
-            y = y.view(self.parts, B, -1).transpose(0, 1).reshape(B, 1, -1) if B > 1 else y.view(1, 1, -1)
-        if y.size(2) != self.n_out:
-            y = y[..., :self.n_out]
-        if int8:
-            y = y.mul_(self.scale)
-        return y if self.bias is None else y + self.bias
+    @torch.no_grad()
+    def step(self):
+        group, = self.param_groups
+        by_shape = {}
+        for p in group['params']:
+            by_shape.setdefault(p.shape, []).append(p)
+            if not self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        for (rows, columns), params in by_shape.items():
+            grads = [p.grad for p in params]
+            means = [self.state[p]['momentum_buffer'] for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group['momentum'])
+            steps = torch.stack(torch._foreach_lerp(grads, means, group['momentum']))  # Nesterov
+            steps = orthogonalize(steps.to(self.dtype)).float()
+            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+            scale = max(1, rows / columns)**0.5
+            torch._foreach_add_(params, steps.unbind(), alpha=-group['lr'] * scale)
 
+def orthogonalize(x):
+    """Return x (matrices, rows, columns) with all singular values near 1 (about 0.7 to 1.2).
 
-def store_weights(model, dtype, rows):
-    """Replace every Linear of model, a float32 GPT on a CPU, by a StoredLinear of dtype, to generate so many rows at a time."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                delattr(module, name)
-                setattr(module, name, StoredLinear(child, dtype, rows))
-
+    Five steps of Newton-Schulz iteration, with the coefficients of Muon's author.
+    """
+    wide = x if x.size(-2) <= x.size(-1) else x.mT
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        wide = torch.baddbmm(wide, gram, wide, beta=3.4445)
+    return wide if x.size(-2) <= x.size(-1) else wide.mT
 
 # -----------------------------------------------------------------------------
-# safetensors (https://github.com/huggingface/safetensors): an 8-byte length, a JSON header, raw tensors
+# peak FLOP/s
 
-SAFETENSORS_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'U8': torch.uint8,
-                      'BOOL': torch.bool, 'I64': torch.int64}
+# dense peak TFLOP/s from the vendors' datasheets: (bfloat16 and float16, float32 or TF32);
+# the first name that occurs in the name of the device counts
+GPU_PEAK_TFLOPS = {
+    'GB200': (2500, 1250), 'B200': (2250, 1125), 'H100 PCIe': (756, 378),
+    'H100 NVL': (835, 417.5), 'H100': (989, 494.5), 'H200': (989, 494.5), 'GH200': (989, 494.5),
+    'A100': (312, 156), 'A40': (149.7, 74.8), 'A10G': (70, 35), 'L40S': (362, 183),
+    'L4': (121, 60), 'V100': (125, 15.7), 'T4': (65, 8.1), 'RTX 4090': (165.2, 82.6),
+    'RTX 3090': (71, 35.6), 'A6000': (154.8, 77.4),
+}
 
+def peak_flops(process):
+    """Return the peak FLOP/s of one process's device, or None if it is unknown.
 
-def read_safetensors(path):
-    """Return {name: tensor} of a .safetensors file, memory-mapped; ValueError where the file contradicts itself."""
-    size = os.path.getsize(path)
-    try:
-        with open(path, 'rb') as f:
-            n = int.from_bytes(f.read(8), 'little')
-            if size < 8 or n > min(size - 8, 100_000_000):
-                raise ValueError('the header is longer than the file')
-            header = json.loads(f.read(n))
-        data = torch.from_file(path, size=size, dtype=torch.uint8)[8 + n:]
-        tensors = {}
-        for name, entry in header.items():
-            if name == '__metadata__':
-                continue
-            dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
-            if not all(type(i) is int and i >= 0 for i in (*shape, begin, end)) or end > len(data) \
-                    or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f'{name} lies outside of the file or has another size than its shape')
-            raw = data[begin:end]
-            if (8 + n + begin) % dtype.itemsize:
-                raw = raw.clone()  # views in another dtype must be aligned
-            tensors[name] = raw.view(dtype).view(shape)
-        return tensors
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f'{path} is not a sound safetensors file: {type(e).__name__}: {e}') from e
+    That of a GPU is in the table above. That of a CPU is measured: half a second, because a
+    virtual machine may be slow for shorter times.
+    """
+    if process.device.type != 'cuda':
+        return product_flops(1536, process.dtype, process.device, process.clock, seconds=0.5)
+    name = torch.cuda.get_device_name(process.device)
+    for key, (half, single) in GPU_PEAK_TFLOPS.items():
+        if re.search(rf'\b{key}\b(?! (Ti|SUPER|D|Laptop|NVL)\b)', name):
+            return 1e12 * (single if process.dtype == torch.float32 else half)
 
-
-def write_safetensors(tensors, path):
-    """Write {name: tensor} to a .safetensors file."""
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    header, end = {'__metadata__': {'format': 'pt'}}, 0
-    for name, t in tensors.items():
-        begin, end = end, end + t.numel() * t.element_size()
-        header[name] = {'dtype': names[t.dtype], 'shape': list(t.shape), 'data_offsets': [begin, end]}
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)  # the tensors then lie aligned
-    with open(path, 'wb') as f:
-        f.write(len(text).to_bytes(8, 'little') + text)
-        for t in tensors.values():
-            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+def product_flops(n, dtype, device='cpu', clock=time.perf_counter, seconds=0.0):
+    """Return the FLOP/s of the fastest product of two (n, n) matrices in `seconds` or more."""
+    x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times, end = [], clock() + seconds
+    while len(times) < 5 or clock() < end:
+        t0 = clock()
+        torch.nn.functional.linear(x, y)
+        times.append(clock() - t0)
+    return 2 * n**3 / min(times)

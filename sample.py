@@ -5,177 +5,107 @@ Generate text with trained weights.
     python sample.py --out_dir=out-shakespeare-char --num_samples=1 --temperature=0.5
 """
 import codecs
+import math
 import os
 import shutil
 import time
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from configurator import cannot_write, configure, cpu_multiplies_bfloat16, fail, pick_device, setup
-from data.common import GPT2_NAMES, read_text, tokenizer_from_dict
-from model import FBGEMM, GPT, Dropout, GPTConfig, SkipInit, store_weights
-from train import encode_prompt, load_checkpoint, load_gpt2, read_runs, read_shards
+from configurator import (
+    configure,
+    cpu_multiplies_bfloat16,
+    fail,
+    one_line_errors,
+    pick_device,
+    run_main,
+    setup,
+)
+from data.checkpoints import load_checkpoint, load_model
+from data.datasets import read_text
+from data.downloads import gpt2_folder
+from data.files import cannot_write
+from data.runs import read_runs
+from data.tokenizers import encode_prompt, tokenizer_from_dict
+from model import GPT
 
 # -----------------------------------------------------------------------------
 # settings
 
 # what to load
-init_from = 'resume'  # resume: weights that train.py saved | gpt2, -medium, -large, -xl | a folder
-out_dir = ''  # where train.py saved them; '': the most recent run in checkpoints.log
+init_from = 'resume'  # resume (weights of train.py) | gpt2, gpt2-xl, ... | DIR with such weights
+out_dir = ''  # folder of the run; empty: the latest run
 weights = 'best'  # best: model.pth, the lowest val loss | last: ckpt.pt, the end of training
-export = ''  # write the weights to this new folder, for Hugging Face's transformers, instead of generating
+export = ''  # write the weights to this new folder, for Hugging Face's transformers, and exit
 # what to generate
-start = ''  # the prompt; FILE:path takes it from a file; '': a newline or end-of-text
-num_samples = 10  # generated together as one batch; a single one is shown as it grows
-max_new_tokens = 500  # tokens in each
-temperature = 0.8  # below 1: more likely, above 1: more varied; 0: always the likeliest token
-top_k = 200  # only the so many likeliest tokens, 0: all
-top_p = 1.0  # only the likeliest tokens that reach this probability together
+start = ''  # prompt; FILE:path reads it from a file; empty: a newline or end-of-text
+num_samples = 10  # samples, generated together; a single one is printed as it grows
+max_new_tokens = 500  # tokens in each sample
+temperature = 0.8  # below 1: more predictable, above 1: more varied; 0: the most likely token
+top_k = 200  # sample from the k most likely tokens; 0 keeps all
+top_p = 1.0  # sample from the most likely tokens that together reach this probability
 stop = ''  # end a sample before this text
-seed = 1337  # of the draws
+seed = 1337  # seed of the samples
 # machine
-device = 'auto'  # auto (env TORCH_DEVICE, else cuda, mps, cpu in this order) | cpu | cuda | cuda:1 | mps
-dtype = 'auto'  # of the weights: auto (what the device reads and multiplies fastest) | float32 | bfloat16 | float16
-quantize = ''  # int8: weights of one byte each, on a cpu; logits change by about 1 percent of their spread
+device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cuda:1 | ...
+dtype = 'auto'  # of the weights: auto (fastest for this device) | float32 | bfloat16 | float16
+quantize = ''  # int8: weights of one byte, on a CPU; changes logits by about 1% of their spread
 
-
-def check_settings(c):
-    """Return what is wrong with the settings in dict c, as a list of sentences."""
-    rules = [('num_samples', 'at least 1', c['num_samples'] >= 1),
-             ('max_new_tokens', 'at least 1', c['max_new_tokens'] >= 1),
-             ('temperature', 'at least 0 and finite', 0 <= c['temperature'] < float('inf')),
-             ('top_k', 'at least 0', c['top_k'] >= 0),
-             ('top_p', 'above 0 and at most 1', 0 < c['top_p'] <= 1),
-             ('weights', 'best or last', c['weights'] in ('best', 'last')),
-             ('quantize', 'int8 or nothing', c['quantize'] in ('', 'int8')),
-             ('seed', 'at least 0 and below 2**63', 0 <= c['seed'] < 2**63),
-             ('init_from', f'resume, {", ".join(GPT2_NAMES)}, or a folder with config.json and model.safetensors',
-              c['init_from'] in ('resume', *GPT2_NAMES) or os.path.isdir(c['init_from']))]
-    return [f'{key}={c[key]}: {key} is {rule}' for key, rule, holds in rules if not holds]
-
-
-def pick_dtype(device, num_samples):
-    """Return the name of the dtype for the weights in which device generates so many samples together fastest."""
-    if device != 'cpu':
-        return 'auto'
-    if num_samples == 1 or cpu_multiplies_bfloat16():  # one sample takes as long as its weights take to read
-        return 'bfloat16'
-    return 'float16' if FBGEMM else 'float32'
-
-
-def place_for_generation(model, device, dtype, quantize, num_samples):
-    """Move model to device, in eval mode, with its weights in dtype, or int8 where quantize says so."""
-    model.eval().to(device)
-    stored = device.type == 'cpu' and (quantize or dtype != torch.float32)
-    # oneDNN slows GELU of one row down, and is of no use to products of stored weights but to those of rows in bfloat16
-    torch.backends.mkldnn.enabled = not stored or dtype == torch.bfloat16 and num_samples > 1 and not quantize
-    if stored:
-        store_weights(model, torch.int8 if quantize else dtype, num_samples)
-    else:
-        model.to(dtype)
-    for module in model.modules():
-        # as plain attributes, and the smallest called directly: nn.Module's __getattr__ takes 0.5 us each time, its __call__,
-        # which looks for hooks, 1 us, together 10 percent of a token on a CPU
-        parts = {name: part.forward if isinstance(part, (Dropout, torch.nn.LayerNorm, torch.nn.RMSNorm)) else part
-                 for name, part in module._modules.items()}
-        vars(module).update(module._parameters, **parts)
-
-
-def last_run():
-    """Return the directory of the most recent run."""
-    runs = read_runs()
-    if not runs:
-        fail('nothing has been trained yet (no checkpoints.log): run python train.py, or give --out_dir')
-    return runs[-1]
-
-
-class Text:
-    """The text of one sample, as far as its tokens make whole characters and `stop` allows."""
-
-    def __init__(self, tokenizer, stop):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may take several tokens
-        self.text, self.shown, self.done = '', 0, False
-
-    def add(self, token):
-        if not self.done:
-            self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
-            if self.stop and self.stop in self.text:
-                self.text, self.done = self.text[:self.text.index(self.stop)], True
-
-    def new(self, end=False):
-        """Return what came since the last call; holds back what may be the beginning of `stop`, until the end."""
-        hold = 0 if end or self.done or not self.stop else len(self.stop) - 1
-        until = max(self.shown, len(self.text) - hold)
-        new, self.shown = self.text[self.shown:until], until
-        return new
-
-
-def export_model(model, tokenizer):
-    """Write config.json, model.safetensors and, for byte pairs, the tokenizer's files to the folder `export`."""
-    try:
-        os.makedirs(export, exist_ok=True)
-    except OSError as e:
-        fail(f'--export={export}: {e.strerror}')
-    try:
-        model.save_pretrained(export)
-        tokenizer.save_pretrained(export)
-    except (ValueError, OSError) as e:
-        shutil.rmtree(export, ignore_errors=True)
-        if isinstance(e, OSError):
-            cannot_write(export, e)
-        fail(f'--export={export}: {e}')
-    print(f'exported to {export}: transformers.GPT2LMHeadModel.from_pretrained({export!r}) loads it'
-          + (', without a tokenizer: Hugging Face has none for characters' if tokenizer.eot is None else ''))
-
+LIMITS = {(1, 1e9): 'num_samples max_new_tokens', (0, math.inf): 'temperature top_k',
+          (0, 1): 'top_p', (0, 2**63 - 1): 'seed'}
+CHOICES = {'weights': ('best', 'last'), 'quantize': ('', 'int8')}
 
 @torch.inference_mode()
 def main():
-    prompt = read_text(start[5:]) if start.startswith('FILE:') else start
+    # mistakes that need no weights
+    prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
     if os.path.exists(export) and (not os.path.isdir(export) or os.listdir(export)):
         fail(f'--export={export}: it exists and is not an empty folder, name another')
-    if init_from == 'resume':
-        path = os.path.join(out_dir or last_run(), {'best': 'model.pth', 'last': 'ckpt.pt'}[weights])
-        checkpoint = load_checkpoint(path)
-    kind = pick_device(device).split(':')[0]
+    kind = pick_device(device).type
     if quantize and (kind != 'cpu' or dtype != 'auto'):
         fail(f'--quantize={quantize} is for --device=cpu, without --dtype')
-    weights_dtype = dtype if dtype != 'auto' else 'float32' if quantize else pick_dtype(kind, num_samples)
-    run = setup(device, weights_dtype, compile=False, seed=seed)
+
+    # weights
     if init_from == 'resume':
-        with SkipInit():
-            model = GPT(GPTConfig(**checkpoint['model_args']))
-        if 'shards' in checkpoint:
-            read_shards(path, checkpoint, model, (), run)
-        else:
-            model.load_state_dict(checkpoint['model'])
+        path = os.path.join(out_dir or last_run(), 'model.pth' if weights == 'best' else 'ckpt.pt')
+        checkpoint = load_checkpoint(path)
+    process = setup(device=device, dtype=pick_dtype(kind, dtype, quantize, num_samples), seed=seed)
+    if init_from == 'resume':
+        model = load_model(path, checkpoint)
         tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
-        loss = f'val loss {checkpoint["val_loss"]:.4f}' if 'val_loss' in checkpoint else \
-            f'best val loss until then {checkpoint["best_val_loss"]:.4f}'
-        run.print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, {loss}' + f', as {quantize}' * bool(quantize))
+        loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
+        print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, best val loss {loss:.4f}'
+              + f', as {quantize}' * bool(quantize))
     else:
         tokenizer = tokenizer_from_dict({'kind': 'gpt2'})
-        model = load_gpt2(init_from, 0, 0.0, run, tokenizer)
-        run.print(f'weights of {init_from}, {model.num_params(False):,} parameters')
+        with one_line_errors(f'--init_from={init_from}: '):
+            model = GPT.from_pretrained(gpt2_folder(init_from))
+            if model.config.vocab_size < tokenizer.vocab_size:
+                raise ValueError('this folder has another vocabulary than GPT-2, and holds no '
+                                 'tokenizer: use the checkpoint it was exported from')
+        print(f'weights of {init_from}, {model.num_params(False):,} parameters')
     if export:
         return export_model(model, tokenizer)
-    place_for_generation(model, run.device, run.dtype, quantize, num_samples)
+    place_for_generation(model, process.device, process.dtype, quantize, num_samples)
 
-    try:
-        idx = encode_prompt(tokenizer, prompt, run.device)
-    except ValueError as e:
-        fail(f'--start: {e}')
+    # prompt
+    with one_line_errors('--start: '):
+        idx = encode_prompt(tokenizer, prompt, process.device)
     if idx.size(1) > model.config.block_size:
-        run.print(f'note: the prompt has {idx.size(1)} tokens, the model sees the last {model.config.block_size}')
+        print(f'note: the prompt has {idx.size(1)} tokens, '
+              f'the model sees the last {model.config.block_size}')
 
-    run.sync()
-    t0 = time.perf_counter()
+    # text
+    t0 = process.clock()
     texts = [Text(tokenizer, stop) for _ in range(num_samples)]
     n = 0
     if num_samples == 1:
         print(prompt, end='', flush=True)
-    for tokens in model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k, top_p,
-                                 run.generator('sample', device=run.device), tokenizer.vocab_size):
+    for tokens in model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k,
+                                 top_p, process.generator('sample', device=process.device),
+                                 tokenizer.vocab_size):
         n += 1
         for text, token in zip(texts, tokens.tolist()):
             text.add(token)
@@ -189,11 +119,167 @@ def main():
     else:
         for text in texts:
             print(f'{prompt}{text.text}\n---------------')
-    print(f'{num_samples} x {n} tokens in {seconds:.2f} s: {num_samples * n / seconds:.0f} tokens/s')
+    rate = num_samples * n / seconds
+    print(f'{num_samples} x {n} tokens in {seconds:.2f} s: {rate:.0f} tokens/s')
 
+def last_run():
+    """Return the folder of the latest run."""
+    runs = read_runs()
+    if not runs:
+        fail('nothing has been trained yet (no checkpoints.log): run python train.py, '
+             'or give --out_dir')
+    return runs[-1]
+
+def export_model(model, tokenizer):
+    """Write config.json, model.safetensors and, for byte pairs, the tokenizer to `export`."""
+    with one_line_errors(f'--export={export}: '):
+        os.makedirs(export, exist_ok=True)
+        try:
+            model.save_pretrained(export)
+            tokenizer.save_pretrained(export)
+        except (ValueError, OSError) as e:
+            shutil.rmtree(export, ignore_errors=True)
+            if isinstance(e, OSError):
+                cannot_write(export, e)
+            raise
+    print(f'exported to {export}: transformers.GPT2LMHeadModel.from_pretrained({export!r}) '
+          'loads it' + ', without a tokenizer' * (tokenizer.eot is None))
+
+class Text:
+    """The text of one sample, as far as its tokens make whole characters, and not beyond `stop`."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.text, self.shown, self.done = '', 0, False
+
+    def add(self, token):
+        if not self.done:
+            self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
+            if self.stop and self.stop in self.text:
+                self.text, self.done = self.text[:self.text.index(self.stop)], True
+
+    def new(self, end=False):
+        """Return the text since the last call, but not what may be the beginning of `stop`.
+
+        end: there is no more to come, so return all of the rest.
+        """
+        hold = 0 if end or self.done or not self.stop else len(self.stop) - 1
+        until = max(self.shown, len(self.text) - hold)
+        new, self.shown = self.text[self.shown:until], until
+        return new
+
+# -----------------------------------------------------------------------------
+# weights of fewer bytes for generation on a CPU, where a token takes as long as reading them
+
+# kernels for x86: products of float32 inputs with weights in float16
+FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
+
+def pick_dtype(kind, dtype, quantize, num_samples):
+    """Return the name of the dtype of weights in which a device of this kind generates fastest."""
+    if dtype != 'auto' or kind != 'cpu':
+        return dtype
+    if quantize:
+        return 'float32'
+    if num_samples > 1 and cpu_multiplies_bfloat16():
+        return 'bfloat16'
+    return 'float16' if FBGEMM else 'bfloat16' if num_samples == 1 else 'float32'
+
+def place_for_generation(model, device, dtype, quantize, num_samples):
+    """Move the model to the device, in eval mode, with its weights in dtype, or in int8.
+
+    On a CPU only the weights of Linear layers are stored in dtype. All else stays in float32, in
+    which it is fastest.
+    """
+    model.eval().to(device)
+    if device.type != 'cpu':
+        return model.to(dtype)
+    # oneDNN makes GELU of a few rows slower, so use it only for its own products
+    onednn = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    torch.backends.mkldnn.enabled = onednn or dtype == torch.float32 and not quantize
+    stored = {torch.bfloat16: OneDNNLinear if onednn else CastLinear,
+              torch.float16: FBGEMMLinear if FBGEMM else CastLinear}.get(dtype)
+    stored = Int8Linear if quantize else stored
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if stored and isinstance(child, nn.Linear):
+                setattr(module, name, stored(child, dtype, num_samples))
+
+class CastLinear(nn.Module):
+    """A Linear with weights in any dtype, for any processor; inputs and outputs are float32."""
+
+    def __init__(self, linear, dtype, rows):
+        super().__init__()
+        self.weight, self.bias = linear.weight.to(dtype), linear.bias
+
+    def forward(self, x):  # (B, T, in) -> (B, T, out)
+        y = F.linear(x.to(self.weight.dtype), self.weight).float()
+        return y if self.bias is None else y + self.bias
+
+class FBGEMMLinear(nn.Module):
+    """float16: the fastest for one row, and for several rows if bfloat16 is slow."""
+
+    def __init__(self, linear, dtype, rows):
+        super().__init__()
+        weight = linear.weight.float()
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight, linear.bias)
+        # called directly, because a look through its arguments takes 5 us
+        self.product = torch.ops.quantized.linear_dynamic_fp16._op
+
+    def forward(self, x):
+        return self.product(x, self.weight)
+
+class OneDNNLinear(CastLinear):
+    """bfloat16 in the order in which oneDNN's kernel reads it: the fastest for several rows."""
+
+    def __init__(self, linear, dtype, rows):
+        super().__init__(linear, dtype, rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def forward(self, x):
+        y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, 'none', [], '')
+        return y.float() if self.bias is None else y.float() + self.bias
+
+class Int8Linear(nn.Module):
+    """One byte a weight, with a scale per output channel.
+
+    A product with one row is a weighted sum of the matrix's columns. embedding_bag computes such
+    sums as fast as memory gives bytes, several times as fast as torch's int8 products.
+    """
+
+    def __init__(self, linear, dtype, rows):
+        super().__init__()
+        weight, self.bias = linear.weight.float(), linear.bias
+        self.n_out, n_in = weight.shape
+        self.scale = weight.abs().amax(dim=1).clamp(min=1e-30)
+        # divide the outputs into parts, the same number for each thread, that are narrow enough
+        # for their sums to stay in registers
+        threads = torch.get_num_threads()
+        parts = threads * math.ceil(self.n_out / 256 / threads)
+        width = math.ceil(self.n_out / parts / 16) * 16
+        self.parts = math.ceil(self.n_out / width)
+        weight = F.pad(weight / self.scale[:, None], (0, 0, 0, self.parts * width - self.n_out))
+        weight = weight.view(self.parts, width, n_in).transpose(1, 2)  # (parts, in, width)
+        self.weight = torch.ops.quantized.embedding_bag_byte_prepack(weight.reshape(-1, width))
+        # one sum per part and row, over all columns of the part
+        self.rows = rows if rows <= 16 else 0  # more rows are faster as a product
+        columns = torch.arange(self.parts * n_in, dtype=torch.int32).view(self.parts, 1, n_in)
+        self.index = columns.repeat(1, self.rows, 1).flatten()
+        self.offsets = torch.arange(0, len(self.index), n_in, dtype=torch.int32)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        if T > 1 or B != self.rows:  # a prompt, or many rows
+            weight = torch.ops.quantized.embedding_bag_byte_unpack(self.weight)
+            y = x.reshape(B * T, C) @ weight.view(self.parts, C, -1)  # (parts, B * T, width)
+        else:
+            y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+                self.weight, self.index, self.offsets, False, 0, False,
+                torch.cat((x,) * self.parts).view(-1))  # (parts * B, width)
+        y = y.view(self.parts, B * T, -1).transpose(0, 1).reshape(B, T, -1)[..., :self.n_out]
+        y = y * self.scale
+        return y if self.bias is None else y + self.bias
 
 if __name__ == '__main__':
-    _config = configure(globals())
-    if _problems := check_settings(_config):
-        fail(*_problems)
-    main()
+    configure(globals())
+    run_main(main)

@@ -1,30 +1,47 @@
 """
-Tests run on a copy of the scripts in a temporary folder, offline, on the CPU, on text that comes with Python.
+Tests run offline, on the CPU, on a copy of the scripts in a temporary folder.
+
+The copy comes first on sys.path, so `import train` imports the copy, with its own data/ and
+checkpoints.log. It holds the dataset `topics`: Python's own documentation, in characters.
 """
+import atexit
 import json
 import math
 import os
+import pathlib
 import pydoc_data.topics
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny models in parallel tests: more threads only wait for each other
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run in parallel: more threads only wait
 
 import pytest
 import torch
 
-import train
-from configurator import Run
-from data import common
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=4', '--block_size=32', '--eval_iters=2',
-        '--eval_interval=5', '--log_interval=1', '--max_iters=10', '--sample_tokens=4', '--dataset=topics',
-        '--warmup_iters=2', '--dropout=0.2', '--dtype=float32']
+PROJECT = pathlib.Path(tempfile.mkdtemp(prefix='quill-'))
+atexit.register(shutil.rmtree, PROJECT, ignore_errors=True)
+for _name in os.listdir(ROOT):
+    if _name.endswith('.py'):
+        shutil.copy(os.path.join(ROOT, _name), PROJECT)
+shutil.copytree(os.path.join(ROOT, 'config'), PROJECT / 'config')
+shutil.copytree(os.path.join(ROOT, 'data'), PROJECT / 'data', ignore=shutil.ignore_patterns(
+    '*.bin', 'meta.json', '*.txt', '*.jsonl', '__pycache__', 'gpt2_weights'))
+sys.path.insert(0, str(PROJECT))
+
+import train
+from configurator import Process
+from data import datasets
+
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=4', '--block_size=32',
+        '--eval_iters=2', '--eval_interval=5', '--log_interval=1', '--max_iters=10',
+        '--sample_tokens=4', '--dataset=topics', '--warmup_iters=2', '--dropout=0.2',
+        '--dtype=float32']
 
 
 @pytest.fixture(scope='session')
@@ -38,19 +55,10 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def project(tmp_path_factory, text):
-    """A copy of the scripts that holds the dataset `topics`; the imported modules use its data and checkpoints.log."""
-    folder = tmp_path_factory.mktemp('project')
-    for name in os.listdir(ROOT):
-        if name.endswith('.py'):
-            shutil.copy(os.path.join(ROOT, name), folder)
-    shutil.copytree(os.path.join(ROOT, 'config'), folder / 'config')
-    shutil.copytree(os.path.join(ROOT, 'data'), folder / 'data',
-                    ignore=shutil.ignore_patterns('*.bin', 'meta.json', '*.txt', '__pycache__', 'gpt2_weights'))
-    common.DATA_DIR = str(folder / 'data')
-    train.HERE = str(folder)
-    common.write_dataset('topics', str(text), 'char')
-    return folder
+def project(text):
+    """The copy of the scripts, with the dataset `topics`."""
+    datasets.write_dataset('topics', str(text), 'char')
+    return PROJECT
 
 
 @pytest.fixture(autouse=True)
@@ -60,18 +68,18 @@ def same_kernels(monkeypatch):
 
 
 @pytest.fixture
-def run():
-    return Run(torch.device('cpu'), torch.float32, False, 0, 0, 1, seed=1)
+def process():
+    return Process(torch.device('cpu'), torch.float32, seed=1)
 
 
 @pytest.fixture
 def train_run(tmp_path):
-    """A function that runs train.main in this process on a tiny model and returns the checkpoint it leaves."""
+    """A function that runs train.main on a tiny model and returns the checkpoint it leaves."""
     def go(*arguments, out=tmp_path / 'out'):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        arguments = [*([] if '--init_from=resume' in arguments else TINY), f'--out_dir={out}', *arguments]
+        tiny = [] if '--init_from=resume' in arguments else TINY
         try:
-            train.main(*train.settings(arguments))
+            train.main([*tiny, f'--out_dir={out}', *arguments])
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)

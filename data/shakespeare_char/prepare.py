@@ -1,16 +1,17 @@
 """
-Shakespeare, one token a character: downloads the text, or takes your copy, and writes train.bin, val.bin, meta.json.
+Shakespeare, one token per character. Downloads the text unless you give a copy of it.
 
     python data/shakespeare_char/prepare.py [--input=tinyshakespeare.txt]
 """
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # quill's folder
-from configurator import configure
-from data.common import shakespeare, write_dataset
+sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
+from configurator import configure, run_main
+from data.datasets import write_dataset
+from data.shakespeare.prepare import shakespeare
 
-input = ''  # a UTF-8 text to use instead of the download
+input = ''  # UTF-8 text to use instead of the download
 
 
 def main():
@@ -19,4 +20,4 @@ def main():
 
 if __name__ == '__main__':
     configure(globals())
-    main()
+    run_main(main)

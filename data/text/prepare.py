@@ -1,29 +1,32 @@
 """
-Your own text: a UTF-8 file becomes the dataset data/NAME, which --dataset=NAME trains on.
+Your own text: makes the dataset data/NAME from a UTF-8 file.
 
     python data/text/prepare.py --input=diary.txt --name=diary --tokenizer=char
+    python train.py --dataset=diary
 """
 import os
 import re
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # quill's folder
-from configurator import configure, fail
-from data.common import DATA_DIR, write_dataset
+sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
+from configurator import configure, fail, run_main
+from data.datasets import write_dataset
+from data.downloads import DATA_DIR
 
-input = ''  # the text, UTF-8
-name = ''  # of the dataset
-tokenizer = 'char'  # char: one token a character | gpt2: GPT-2's byte pairs
+input = ''  # UTF-8 text
+name = ''  # name of the dataset
+tokenizer = 'char'  # char: one token per character | gpt2: GPT-2's byte pairs
 
 
 def main():
     problems = []
     if not input:
-        problems.append('which text? --input=FILE')
+        problems.append('no text: give one with --input=FILE')
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
-        problems.append(f"--name='{name}': a dataset's name is made of letters, digits, '_', '-' and '.'")
+        problems.append(f"--name='{name}': the name of a dataset begins with a letter or digit and "
+                        "consists of letters, digits, '_', '-' and '.'")
     elif os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
-        problems.append(f'--name={name}: data/{name} has its own prepare.py, choose another name')
+        problems.append(f'--name={name}: data/{name} has its own prepare.py: choose another name')
     if tokenizer not in ('char', 'gpt2'):
         problems.append(f'--tokenizer={tokenizer}: tokenizer is one of char, gpt2')
     if problems:
@@ -34,4 +37,4 @@ def main():
 
 if __name__ == '__main__':
     configure(globals())
-    main()
+    run_main(main)

@@ -1,0 +1,1 @@
+"""The code and the files of the datasets. This file makes Python import this folder as `data`."""

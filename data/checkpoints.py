@@ -1,0 +1,224 @@
+"""
+Checkpoints: ckpt.pt, from which training resumes, and model.pth, the best weights.
+
+A checkpoint is a dict of plain values and tensors:
+    in both files    format, iter_num, config, tokenizer, model, model_args
+    in model.pth     val_loss
+    in ckpt.pt       optimizer, scaler, best_val_loss, train_seconds, data, position
+"""
+import os
+import zipfile
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from configurator import fail, first_line, one_line_errors, torchrun
+from data.datasets import read_meta
+from data.files import cannot_write, replace_file
+from data.tokenizers import tokenizer_size
+from model import GPT, GPTConfig, Muon
+
+VERSION = 1  # of the format
+
+
+def load_checkpoint(path):
+    """Return the checkpoint at path, its tensors on the CPU; fail if it is missing or damaged."""
+    if not os.path.exists(path):
+        folder, name = os.path.split(path)
+        fail(f'no {name} in {folder or "."}: {alternative(path)}')
+    try:
+        return read_checkpoint(path)
+    except ValueError as e:
+        fail(f'cannot use {path}: {e}; {alternative(path)}')
+
+
+def read_checkpoint(path):
+    """Return the checkpoint at path; ValueError says what is wrong with it.
+
+    No code in the file is run, and nothing in it is used as a path.
+    """
+    if not os.path.isfile(path):
+        raise ValueError('it is not a file')
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not check
+                raise ValueError(f'{damaged} in it is damaged')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except zipfile.BadZipFile:
+        raise ValueError('it is cut short, damaged, or no checkpoint at all')
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(f'torch refuses it: {first_line(e)}')
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'it holds a {type(checkpoint).__name__} instead of a dict')
+    version = checkpoint.get('format', 0)
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f'its format {version} is newer than what this quill reads ({VERSION})')
+    if 'shards' in checkpoint:
+        raise ValueError('its weights are in shards-*/, which this quill does not read: resume it '
+                         'with quill at commit 906f3db and --checkpoint_format=full')
+    if 'format' not in checkpoint:
+        adopt_nanogpt(checkpoint)
+    needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict,
+              'iter_num': int}
+    if 'val_loss' in checkpoint:
+        needed |= {'val_loss': float}
+    else:
+        needed |= {'optimizer': list, 'scaler': dict, 'best_val_loss': float,
+                   'train_seconds': float, 'data': dict, 'position': int}
+    for key, kind in needed.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f'it has no {key}')
+    return checkpoint
+
+
+def adopt_nanogpt(checkpoint):
+    """Complete a checkpoint of nanoGPT in place. Its optimizer state is not used."""
+    try:
+        weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+        # without the causal mask
+        checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+        checkpoint['best_val_loss'] = float(checkpoint['best_val_loss'])
+        name = os.path.basename(checkpoint['config']['dataset'])
+        gpt2 = checkpoint['model_args']['vocab_size'] in (50257, 50304)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError('it is a checkpoint neither of quill nor of nanoGPT')
+    try:
+        checkpoint['tokenizer'] = {'kind': 'gpt2'} if gpt2 else read_meta(name)['tokenizer']
+    except SystemExit:
+        raise ValueError(f"it is nanoGPT's and holds no tokenizer: prepare data/{name} first")
+    checkpoint |= dict(optimizer=[], scaler={}, train_seconds=0.0, data={}, position=0)
+    if torchrun('RANK', 0) == 0:
+        print("note: this checkpoint is nanoGPT's: its optimizer starts anew, and nothing tells "
+              'whether the data is the same', flush=True)
+
+
+def contradictions(checkpoint, data_id, tokenizer, settings):
+    """Return how the data and the settings of a resumed run contradict its checkpoint.
+
+    data_id: the dataset's name, sha256 and numbers of tokens, as the checkpoint stores them.
+    """
+    name = f'data/{data_id["dataset"]}'
+    problems = [f'{name} has {key}={data_id[key]} but the checkpoint has {key}={value}'
+                for key, value in checkpoint['data'].items() if data_id.get(key) != value]
+    if checkpoint['tokenizer'] != tokenizer.to_dict():
+        problems.append(f'{name} has another tokenizer than the checkpoint')
+    skip, skipped = settings['skip_batches'], checkpoint['config'].get('skip_batches', 0)
+    if skip < skipped:
+        problems.append(f'skip_batches={skip} is below the {skipped} that were skipped already')
+    optimizer = settings['optimizer']
+    # a checkpoint of nanoGPT has no optimizer
+    if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):
+        problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
+    return problems
+
+
+def load_model(path, checkpoint, **changes):
+    """Return the GPT of the checkpoint read from path; changes replace its model_args."""
+    try:
+        args = checkpoint['model_args'] | changes
+        if tokenizer_size(checkpoint['tokenizer']) > args['vocab_size']:
+            raise ValueError('the tokenizer is larger')
+        if args['n_layer'] > len(checkpoint['model']):
+            raise ValueError('n_layer is too large')
+        model = GPT(GPTConfig(**args))
+        model.load_state_dict(checkpoint['model'])
+        return model
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        words = ' '.join(str(e).split()[:30])
+        fail(f'cannot use {path}: its weights do not fit its model_args ({words}); '
+             + alternative(path))
+
+
+def alternative(path):
+    """Return, as the end of an error line, what to do without the checkpoint at path."""
+    folder, name = os.path.split(path)
+    previous = os.path.join(folder, 'ckpt_prev.pt')
+    if name == 'model.pth' and os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        return 'use --weights=last'
+    if name == 'ckpt.pt' and os.path.exists(previous):
+        try:
+            step = read_checkpoint(previous)['iter_num']
+            return f'ckpt_prev.pt is good (step {step}): train.py takes it as --ckpt=ckpt_prev.pt'
+        except ValueError:
+            return 'ckpt_prev.pt is damaged, too'
+    return 'train first, or give another --out_dir'
+
+
+def saved_step(path):
+    """Return the step at which the checkpoint at path was saved, or -1 if it is unreadable."""
+    try:
+        step = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num']
+    except Exception:
+        return -1
+    return step if isinstance(step, int) else -1
+
+
+def load_optimizers(path, checkpoint, optimizers, scaler):
+    """Load the states of the optimizers and of the float16 scaler of the checkpoint at path."""
+    with one_line_errors(f'cannot use {path}: the state of its optimizer does not fit: '):
+        for optimizer, saved in zip(optimizers, checkpoint['optimizer']):
+            load_optimizer(optimizer, saved['state'])
+    if checkpoint['scaler'] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint['scaler'])
+
+
+def load_optimizer(optimizer, saved):
+    """Load a checkpoint's state {index: {name: tensor}}; hyperparameters keep their values.
+
+    Raises ValueError if it does not fit: fused AdamW would write beyond a smaller tensor.
+    """
+    muon = isinstance(optimizer, Muon)
+    names = ['momentum_buffer'] if muon else ['step', 'exp_avg', 'exp_avg_sq']
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    state = {}
+    for i, p in enumerate(params if saved else ()):  # it is empty before the first update
+        shapes = {name: torch.Size() if name == 'step' else p.shape for name in names}
+        if {name: t.shape for name, t in saved[i].items()} != shapes:
+            raise ValueError(f'parameter {i} has other names or shapes')
+        # clone, or the tensor stays backed by the memory-mapped checkpoint
+        state[i] = {name: t.clone() for name, t in saved[i].items()}
+        if is_sharded(p):
+            from torch.distributed.tensor import distribute_tensor
+            state[i] |= {name: distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
+                         for name, t in state[i].items() if name != 'step'}
+    groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})
+
+
+def is_sharded(tensor):
+    """Return whether a process holds only a part of the tensor (a DTensor)."""
+    return hasattr(tensor, 'full_tensor')
+
+
+def write_checkpoint(path, process, checkpoint):
+    """Write a checkpoint so that `path` is always the old file or the new one, whole.
+
+    All ranks call this together, rank 0 writes. The previous ckpt.pt stays as ckpt_prev.pt. Exits
+    with code 1 if the disk refuses.
+    """
+    def gather(x):  # sharded tensors become whole, on the CPU of rank 0 only
+        if is_sharded(x):
+            x = x.full_tensor()
+            x = x.cpu() if process.is_main else None
+        return x
+    checkpoint = tree_map(gather, checkpoint)
+    if not process.is_main:
+        return
+    folder, name = os.path.split(path)
+    keep = os.path.join(folder, 'ckpt_prev.pt') if name == 'ckpt.pt' else None
+    try:
+        with replace_file(path, keep) as f:
+            torch.save(checkpoint, f)
+    except (OSError, RuntimeError) as e:
+        e = e if isinstance(e, OSError) else e.__context__  # torch hides the OSError of the file
+        if not isinstance(e, OSError):
+            raise
+        size = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
+        cannot_write(path, e, f', {size / 1e6:.1f} MB are needed; {unchanged(folder)}')
+    print(f'saved {path} (step {checkpoint["iter_num"]})', flush=True)
+
+
+def unchanged(out_dir):
+    return f'the last checkpoint in {out_dir} is as it was'

@@ -1,0 +1,102 @@
+"""
+Files that an interruption never leaves half-written, locks on files, and free space.
+"""
+import contextlib
+import hashlib
+import os
+import shutil
+
+from configurator import fail, first_line
+
+
+def cannot_write(path, e, more='', name=''):
+    """Fail with exit code 1 because writing `path` raised e; report the free disk space too.
+
+    more: added at the end of the message. name: printed instead of the path.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    reason = getattr(e, 'strerror', None) or first_line(e)
+    free = shutil.disk_usage(folder).free
+    fail(f'cannot write {name or path} ({reason}): {free / 1e6:.1f} MB are free{more}', code=1)
+
+
+def need_space(folder, size, what='this takes'):
+    """Fail if fewer than size bytes are free in folder."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        fail(f'{folder}: {what} {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free', code=1)
+
+
+@contextlib.contextmanager
+def replace_file(path, keep=None):
+    """Open a new file that takes the name `path` when it is complete and on the disk.
+
+    At every moment `path` is the old file or the new one, whole. keep: a second path, under which
+    the old file stays. An exception, which the caller handles, leaves the old file as it was.
+    """
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(temporary, 'wb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f'{keep}.tmp')
+            try:
+                os.link(path, f'{keep}.tmp')
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, f'{keep}.tmp')
+            os.replace(f'{keep}.tmp', keep)
+        os.replace(temporary, path)
+        if os.name == 'posix':  # make the new name survive a power cut
+            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def write_atomic(path, chunks):
+    """Write an iterable of bytes to path. The file gets its name when it is complete."""
+    try:
+        with replace_file(path) as f:
+            write_chunks(f, chunks)
+    except OSError as e:
+        cannot_write(path, e)
+
+
+def write_chunks(f, chunks, skip=0):
+    """Write chunks to the open file f, without their first `skip` bytes, and wait for the disk."""
+    for chunk in chunks:
+        f.write(chunk[skip:])
+        skip = max(0, skip - len(chunk))
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def sha256_file(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def lock(file):
+    """Lock an open file for this process until the file is closed.
+
+    Returns None, or the reason if locking is not possible here (Windows, some network disks).
+    Raises BlockingIOError if another process holds the lock.
+    """
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError) as e:
+        return first_line(e)

@@ -1,0 +1,197 @@
+"""
+A training run: its files in out_dir, and the signals that end it.
+"""
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+
+from configurator import HERE, fail, one_line_errors
+from data.checkpoints import saved_step, unchanged
+from data.files import cannot_write, lock, need_space, replace_file
+
+RUNS_LOG = os.path.join(HERE, 'checkpoints.log')  # one out_dir a line, the latest run last
+
+
+# -----------------------------------------------------------------------------
+# out_dir
+
+def claim(out_dir):
+    """Make out_dir and lock it for this process; return the open lock file.
+
+    The lock ends with the process, however it ends.
+    """
+    path = os.path.join(out_dir, 'run.lock')
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        f = open(path, 'a+')
+    except OSError as e:
+        cannot_write(path, e, name=f'to --out_dir={out_dir}')
+    try:
+        if reason := lock(f):
+            print(f'note: {out_dir} cannot be locked ({reason}): '
+                  'make sure that no other run uses it', flush=True)
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+    except BlockingIOError:
+        f.seek(0)
+        fail(f'--out_dir={out_dir} is in use by process {f.read().strip()}: '
+             'give another --out_dir, or end that process')
+    except OSError as e:
+        cannot_write(path, e)
+    return f
+
+
+def keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model):
+    """Check the free space, and rename the files that this run would overwrite; return the lock.
+
+    resumed_at: the step of the checkpoint `ckpt` that this run goes on from, or -1.
+    """
+    paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
+    paths = [path for path in paths if os.path.exists(path)]
+    # at most three ckpt.pt (weights, and two moments of AdamW) and two model.pth at a time
+    need = (3 * 3 + 2) * 4 * sum(p.numel() for p in model.parameters())
+    if resumed_at >= 0:
+        need -= sum(map(os.path.getsize, paths))
+        need_space(out_dir, need, 'checkpoints will take')
+        for path in paths:  # what is newer than the checkpoint that this run goes on from
+            name, step = os.path.basename(path), saved_step(path)
+            if name != ckpt and (name == 'ckpt.pt' or step > resumed_at):
+                rename_aside(path, step)
+        return out_lock
+    need_space(out_dir, need, 'checkpoints will take')
+    if paths or read_metrics(out_dir):
+        rename_aside(out_dir, max(map(saved_step, paths), default=0))
+        out_lock = claim(out_dir)
+    return out_lock
+
+
+def rename_aside(path, step):
+    """Add the step and the date to the name of a file or folder of an earlier run."""
+    date = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(path)))
+    stem, extension = os.path.splitext(path.rstrip('/' + os.sep))
+    if os.path.isdir(path):
+        stem, extension = stem + extension, ''
+    kept = f'{stem}-{step}-{date}{extension}'
+    real = os.path.realpath(path)
+    try:
+        if any(os.path.commonpath([real, d]) == real for d in (os.path.realpath('.'), HERE)):
+            raise OSError(0, 'it is or holds the current folder, or quill itself')
+        if os.path.exists(kept):
+            raise OSError(0, f'{kept} exists already')
+        os.rename(path, kept)
+    except OSError as e:
+        fail(f'{path} holds an earlier run and cannot be renamed ({e.strerror}): '
+             'give another --out_dir')
+    print(f'{path} belongs to an earlier run: renamed to {kept}', flush=True)
+
+
+def read_runs():
+    """Return the out_dirs in checkpoints.log, the latest one last."""
+    if not os.path.exists(RUNS_LOG):
+        return []
+    with open(RUNS_LOG, encoding='utf-8', errors='surrogateescape') as f:  # any file name
+        return f.read().splitlines()
+
+
+def remember_run(out_dir):
+    """Make out_dir the last line of checkpoints.log, from which sample.py takes its default."""
+    line = os.path.abspath(out_dir)
+    lines = [run for run in read_runs() if run != line] + [line]
+    try:
+        with replace_file(RUNS_LOG) as f:
+            f.write(''.join(f'{run}\n' for run in lines).encode(errors='surrogateescape'))
+    except OSError as e:
+        print(f'note: {RUNS_LOG} not written ({e.strerror}): sample.py needs --out_dir={out_dir}')
+
+
+# -----------------------------------------------------------------------------
+# metrics
+
+class Metrics:
+    """Writes rows of numbers to metrics.jsonl and to wandb, and draws loss.png.
+
+    step: of the checkpoint that the run goes on from, or -1. Later rows will come again and are
+    dropped. wandb: the module, or None.
+    """
+
+    def __init__(self, out_dir, step, wandb=None):
+        self.out_dir, self.wandb = out_dir, wandb
+        self.path = os.path.join(out_dir, 'metrics.jsonl')
+        rows = [json.dumps(row) + '\n' for row in read_metrics(out_dir) if row['step'] <= step]
+        try:
+            with replace_file(self.path) as f:
+                f.write(''.join(rows).encode())
+        except OSError as e:
+            cannot_write(self.path, e)
+
+    def write(self, **row):
+        # JSON has no inf and nan
+        row = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
+        try:
+            with open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(row) + '\n')
+        except OSError as e:
+            cannot_write(self.path, e, f'; {unchanged(self.out_dir)}')
+        if self.wandb:
+            self.wandb.log(row, step=row['step'])
+
+    def plot(self):
+        """Draw loss.png if matplotlib is installed."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        rows = read_metrics(self.out_dir)
+        ax = Figure(figsize=(8, 5), layout='constrained').subplots()
+        for key, style in (('loss', '-'), ('train_loss', 'o-'), ('val_loss', 'o-')):
+            points = [(row['step'], row[key]) for row in rows if key in row]
+            ax.plot([p[0] for p in points], [p[1] for p in points], style, markersize=4,
+                    linewidth=1, label=key)
+        ax.set(xlabel='updates', ylabel='nats per token')
+        ax.legend()
+        try:
+            ax.figure.savefig(os.path.join(self.out_dir, 'loss.png'), dpi=100)
+        except OSError as e:
+            print(f'note: loss.png not written ({e.strerror})', flush=True)
+
+
+def read_metrics(out_dir):
+    """Return the rows of metrics.jsonl, without lines that a crash has damaged."""
+    rows, path = [], os.path.join(out_dir, 'metrics.jsonl')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get('step'), int)]
+
+
+def start_wandb(project, name, config):
+    """Return the module wandb, logging a run of this name."""
+    with one_line_errors('--wandb_log=True: ', Exception):  # not installed, or not logged in
+        import wandb
+        wandb.init(project=project, name=name, config=config)
+    return wandb
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+def catch_signals(process):
+    """Return a list to which SIGINT and SIGTERM are appended; a second Ctrl-C exits at once."""
+    signals, times = [], []
+    # torchrun repeats the terminal's Ctrl-C, so within a second it is not a second one
+    echo_s = 1 if process.world_size > 1 else 0
+
+    def on_signal(number, frame):
+        if signals and number == signal.SIGINT and time.monotonic() - times[0] > echo_s:
+            os._exit(130)
+        signals.append(number)
+        times.append(time.monotonic())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return signals
