@@ -65,29 +65,26 @@ def main():
         device=train.device, dtype='float32' if baseline else train.dtype,
         compile=False if baseline else train.compile, backend=train.backend, seed=train.seed,
         deterministic=train.deterministic, timeout_s=train.timeout_s)
-    data, vocab_size = None, 65 if train.dataset.endswith('_char') else 50257
+    data = RandomTokens(65 if train.dataset.endswith('_char') else 50257)
     if real_tokens:
-        meta, data, _ = open_dataset(train.dataset, train.block_size, process)
-        vocab_size = meta['vocab_size']
-    model = GPT(train.model_shape(vocab_size))
+        _, data, _ = open_dataset(train.dataset, train.block_size, process)
+    model = GPT(train.model_shape(data.vocab_size))
     if baseline:
         make_plain(model)
     learner = train.make_learner(model, process)
-    result = dict(device=str(process.device), dtype=str(process.dtype).removeprefix('torch.'),
-                  compile=process.compile, world_size=process.world_size,
-                  params=model.num_params())
+    result = dict(device=str(process.device), dtype=str(process.dtype)[6:], compile=process.compile,
+                  world_size=process.world_size, params=model.num_params())
     if task == 'speed':
-        result |= time_updates(learner, data, vocab_size)
+        result |= time_updates(learner, data)
     if bench_tokens and (process.is_main or train.parallel == 'fsdp'):
         result |= time_generation(learner.model, process)
     for key, value in result.items():
-        value = f'{value:.6g}' if isinstance(value, float) else value
-        process.print(f'{key:20} {value}')
+        process.print(f'{key:20} {value:.6g}' if isinstance(value, float) else f'{key:20} {value}')
     process.print(json.dumps(result))
     process.close()
 
-def time_updates(learner, data, vocab_size):
-    """Return a dict of what was measured; data: None for random tokens."""
+def time_updates(learner, data):
+    """Return a dict of what was measured; data: Tokens or RandomTokens."""
     process = learner.process
     if baseline:
         for group in learner.optimizers[0].param_groups:
@@ -99,41 +96,33 @@ def time_updates(learner, data, vocab_size):
 
     def step(it, timed=False):
         progress = train.Progress(iter_num=it, position=it * sequences)
-        data_or_random = data or RandomTokens(vocab_size)
-        batches = list(train.training_batches(learner, data_or_random, progress))
+        batches = list(train.training_batches(learner, data, progress))
         t0 = process.clock()
         row = train.update(learner, batches, factor=1.0, timed=timed)
         return process.clock() - t0, row['dtf'], row['dtb']
     first_step_seconds = step(0)[0]
-    for it in range(bench_warmup):
-        step(1 + it)
-    seconds = [step(100 + i)[0] for i in range(bench_steps)]
+    seconds = [step(1 + i)[0] for i in range(bench_warmup + bench_steps)][bench_warmup:]
     timed = [step(10**6 + i, timed=True) for i in range(min(3, bench_steps))]
-    forward, backward = [t[1] for t in timed], [t[2] for t in timed]
     result = dict(steps=bench_steps)
-    for key, times in (('dt', seconds), ('dtf', forward), ('dtb', backward)):
-        result |= {key: statistics.median(times), f'{key}_min': min(times),
-                   f'{key}_max': max(times)}
+    for key, x in ('dt', seconds), ('dtf', [t[1] for t in timed]), ('dtb', [t[2] for t in timed]):
+        result |= {key: statistics.median(x), f'{key}_min': min(x), f'{key}_max': max(x)}
     tps = sequences * train.block_size / result['dt']
-    peak = train.peak_tflops * 1e12 or peak_flops(process)
-    peak = peak and peak * process.world_size
+    peak = (train.peak_tflops * 1e12 or peak_flops(process) or 0) * process.world_size
     if profile:
         with torch.profiler.profile() as profiler:
             for it in range(3):
                 step(200 + it)
         if process.is_main:
             profiler.export_chrome_trace('trace.json')
-            print(profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=12))
             print('wrote trace.json: open it at https://ui.perfetto.dev')
-    mfu = peak and 100 * learner.model.flops_per_token() * tps / peak
     return result | dict(
-        tps=tps, mfu=mfu, peak_tflops=peak and peak / 1e12,
-        peak_memory_mb=peak_memory(process) / 1e6, startup_seconds=startup_seconds,
-        compile_seconds=compile_seconds, first_step_seconds=first_step_seconds)
+        tps=tps, mfu=100 * learner.model.flops_per_token() * tps / peak if peak else None,
+        peak_tflops=peak / 1e12, peak_memory_mb=peak_memory(process) / 1e6,
+        startup_seconds=startup_seconds, compile_seconds=compile_seconds,
+        first_step_seconds=first_step_seconds)
 
 class RandomTokens:
     """Stands in for the Tokens of a dataset."""
-
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
 
@@ -148,8 +137,8 @@ def peak_memory(process):
     if process.device.type == 'cuda':
         return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024
 
 def time_generation(model, process):
     """Return the tokens per second of one sample, of ten, and of one with int8 weights."""
@@ -174,13 +163,11 @@ def time_samples(model, num_samples, n, process, quantize=''):
     model.eval()
     seconds = []
     for _ in range(2 if baseline else 4):
-        t0 = process.clock()
+        t0, generator = process.clock(), process.generator('sample', device=process.device)
         if baseline:
             plain_generate(model, idx, n)
         else:
-            generator = process.generator('sample', device=process.device)
-            for _ in model.generate(idx, n, temperature=0.8, top_k=200, generator=generator):
-                pass
+            list(model.generate(idx, n, temperature=0.8, top_k=200, generator=generator))
         seconds.append(process.clock() - t0)
     return num_samples * n / statistics.median(seconds[1:])
 
@@ -189,13 +176,11 @@ def time_samples(model, num_samples, n, process, quantize=''):
 
 class PlainDropout(Dropout):
     """torch's own dropout."""
-
     def forward(self, x):
         return F.dropout(x, self.threshold / 256, self.training)
 
 class PlainAttention(CausalSelfAttention):
     """Attention with torch's own dropout of single weights."""
-
     def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
@@ -228,8 +213,7 @@ def compare_with_baseline(argv):
             raise SystemExit(done.returncode)
         row = json.loads(done.stdout.splitlines()[-1])
         results[plain].append(row)
-        words = [f'{key}={row[key]:.6g}' for key in ('dt', 'sample_tps_1') if key in row]
-        print(f'{"baseline" if plain else "quill":10} {" ".join(words)}', flush=True)
+        print('baseline' if plain else 'quill', done.stdout.splitlines()[-1], flush=True)
     print(f'{"":20} {"baseline":>12} {"quill":>12} {"ratio":>8}')
     table = {}
     for key in ('tps', 'sample_tps_1', 'sample_tps_1_int8', 'sample_tps_10', 'peak_memory_mb',

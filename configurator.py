@@ -15,7 +15,6 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import math
 import os
 import re
 import shutil
@@ -34,7 +33,7 @@ from model import product_flops
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 def torchrun(name, default):
-    """Return the number in the environment variable `name`, which torchrun sets."""
+    """Return the number that torchrun has put into an environment variable."""
     return int(os.environ.get(name, default))
 
 # -----------------------------------------------------------------------------
@@ -66,9 +65,6 @@ def one_line_errors(prefix='', kinds=(ValueError, OSError, KeyError, TypeError, 
     except kinds as e:
         fail(prefix + (first_line(e) if isinstance(e, (ValueError, OSError)) else repr(e)))
 
-def lost_process(e):
-    fail(f'another process has ended, or was silent for timeout_s: {first_line(e)}', code=1)
-
 def run_main(main):
     """Call main() and exit; Ctrl-C, out of memory and lost processes end in one line."""
     code = 0
@@ -86,7 +82,8 @@ def run_main(main):
                 fail('out of memory: halve batch_size and double gradient_accumulation_steps: '
                      + first_line(e), code=1)
             if isinstance(e, dist.DistError) or 'gloo' in str(e):  # gloo's errors have no class
-                lost_process(e)
+                fail('another process has ended, or has not answered within timeout_s: '
+                     + first_line(e), code=1)
             raise
     except SystemExit as e:
         code = e.code
@@ -101,8 +98,7 @@ def run_main(main):
 # -----------------------------------------------------------------------------
 # configure: settings are module globals; config files and --key=value override them
 
-RULES = {bool: 'True or False', int: 'an integer of at most 64 bits', float: 'a number',
-         str: 'a string'}
+RULES = {bool: 'True or False', int: 'an integer of 64 bits', float: 'a number', str: 'a string'}
 
 def is_setting(name, value):
     return name == name.lower() and name[0] != '_' and type(value) in (int, float, bool, str)
@@ -130,10 +126,9 @@ def convert(key, value, defaults):
 def read_config(path, config):
     """Run the config file at `path`; return {name: value} of what it assigns.
 
-    Names that begin with an underscore, imports and functions are its own business. ValueError
-    names the line of a mistake.
+    Names with a leading underscore, imports and functions are its own. ValueError names the line.
     """
-    scratch = dict(config, __file__=path, __name__='config')
+    scratch = dict(config, __file__=path)
     try:
         with open(path, encoding='utf-8-sig') as f:
             tree = ast.parse(f.read(), path)
@@ -143,8 +138,8 @@ def read_config(path, config):
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[0] if lines else getattr(e, 'lineno', None)
         raise ValueError(f'line {line}: ' * bool(line) + f'{type(e).__name__}: {e}') from e
-    names = {node.id for node in ast.walk(tree)
-             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    stored = [node for node in ast.walk(tree) if isinstance(getattr(node, 'ctx', 0), ast.Store)]
+    names = {node.id for node in stored if isinstance(node, ast.Name)}
     names |= {key for key in config if scratch.get(key) is not config[key]}
     return {key: value for key, value in scratch.items() if key in names and key[0] != '_'
             and not callable(value) and type(value) is not type(sys)}
@@ -155,8 +150,7 @@ def configure(namespace, argv=None, saved=None, base=None, check=lambda: []):
     A setting is a public lower-case global. argv: config files and --key=value; a later one wins.
     saved: settings of a checkpoint, which apply before argv. base: the globals of another script
     whose settings belong to this script too. check: returns a list of further problems.
-    All problems are reported together, with exit code 2. The keys that argv assigned are left in
-    namespace['_given'].
+    All problems are reported together. namespace['_given'] becomes the set of keys in argv.
     """
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')  # a sample may hold any character
@@ -171,32 +165,23 @@ def configure(namespace, argv=None, saved=None, base=None, check=lambda: []):
         print_help(spaces)
         raise SystemExit(0)
 
-    problems, given, config = [], set(), dict(defaults)
-    sources = [('saved settings, ', {k: v for k, v in (saved or {}).items() if k in defaults})]
+    config, given, problems = dict(defaults), set(), []
+    saved = {k: v for k, v in (saved or {}).items() if k in defaults}
+    override(config, saved, defaults, 'saved settings, ', problems)
     for arg in argv:
+        key, equals, text = arg.removeprefix('--').partition('=')
         # a config file lies where the user stands, or beside the scripts
         path = arg if os.path.isfile(arg) else os.path.join(HERE, arg)
-        if re.match('--.*=', arg):
-            key, _, text = arg[2:].partition('=')
-            sources.append(('', {key: text}))
-        elif arg.startswith('-'):
-            problems.append(f"'{arg}': write settings as --key=value")
-        elif os.path.isfile(path):
-            sources.append((f'{arg}, ', path))
-        else:
-            problems.append(f"no config file '{arg}' (settings are written --key=value)")
-    for i, (origin, pairs) in enumerate(sources):
-        try:
-            pairs = read_config(pairs, config) if isinstance(pairs, str) else pairs
-        except ValueError as e:
-            problems.append(f'{origin}{e}')
-            continue
-        for key, value in pairs.items():
+        if arg.startswith('--') and equals:
+            given |= override(config, {key: text}, defaults, '', problems)
+        elif not arg.startswith('-') and os.path.isfile(path):
             try:
-                config[key] = convert(key, value, defaults)
-                given |= {key} if i else set()
+                pairs = read_config(path, config)
+                given |= override(config, pairs, defaults, f'{arg}, ', problems)
             except ValueError as e:
-                problems.append(f'{origin}{e}')
+                problems.append(f'{arg}, {e}')
+        else:
+            problems.append(f"'{arg}' is neither --key=value nor a config file")
     for space in spaces:
         space.update({k: config[k] for k in space['_defaults']}, _given=given)
         problems += check_values(config, space)
@@ -205,16 +190,23 @@ def configure(namespace, argv=None, saved=None, base=None, check=lambda: []):
         fail(*dict.fromkeys(problems))
     return config
 
+def override(config, pairs, defaults, origin, problems):
+    """Put {key: value} into config, and what is wrong with them into problems; return the keys."""
+    for key, value in pairs.items():
+        try:
+            config[key] = convert(key, value, defaults)
+        except ValueError as e:
+            problems.append(f'{origin}{e}')
+    return set(pairs)
+
 def check_values(config, space):
     """Return what contradicts a script's LIMITS, {(lowest, highest): names}, and its CHOICES."""
-    problems = []
+    problems = [f'{key}={config[key]}: {key} is one of {", ".join(map(str, choices))}'
+                for key, choices in space.get('CHOICES', {}).items() if config[key] not in choices]
     for (low, high), names in space.get('LIMITS', {}).items():
-        rule = f'between {low} and {high:g}' if high < math.inf else f'at least {low}'
-        problems += [f'{key}={config[key]}: {key} is {rule}' for key in names.split()
-                     if not low <= config[key] <= high or config[key] == math.inf]
-    return problems + [f'{key}={config[key]}: {key} is one of {", ".join(map(str, choices))}'
-                       for key, choices in space.get('CHOICES', {}).items()
-                       if config[key] not in choices]
+        problems += [f'{key}={config[key]}: {key} is between {low} and {high:g}'
+                     for key in names.split() if not low <= config[key] <= high]
+    return problems
 
 def print_help(spaces):
     """Print the settings of scripts, given as their globals(), as they stand in the source."""
@@ -253,15 +245,13 @@ class Process:
         return self.rank == 0
 
     def print(self, *args):
-        """Print on rank 0 only, at once."""
+        """Print at once, on rank 0 only."""
         if self.is_main:
             print(*args, flush=True)
 
     def autocast(self):
         """Return a context in which matrix products run in self.dtype."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def clock(self, wait=True):
         """Return the time in seconds; wait: let the device finish its queue first."""
@@ -287,10 +277,7 @@ class Process:
     def all_reduce(self, tensor):
         """Sum `tensor` over all processes in place and return it."""
         if self.world_size > 1:
-            try:
-                dist.all_reduce(tensor)
-            except RuntimeError as e:  # of gloo; nccl has a watchdog of its own
-                lost_process(e)
+            dist.all_reduce(tensor)
         return tensor
 
     def gather(self, x):
@@ -305,7 +292,7 @@ class Process:
         for turn in (self.is_main, self.local_rank == 0):
             if turn:
                 work()
-            self.all_reduce(torch.zeros(1, device=self.device)).item()  # .item() waits for a GPU
+            self.gather(None)
 
     def close(self):
         if self.world_size > 1:
@@ -313,9 +300,9 @@ class Process:
 
 def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=1337,
           deterministic=False, timeout_s=1800, micro_batches=0):
-    """Return the Process for these settings of train.py, and print what is used.
+    """Return the Process for these settings of train.py; 'auto' chooses for this machine.
 
-    'auto' chooses for this machine. micro_batches: those of the whole run, for compile='auto'.
+    micro_batches: those of the whole run, for compile='auto'.
     """
     rank, local_rank = torchrun('RANK', 0), torchrun('LOCAL_RANK', 0)
     world_size, local_world_size = torchrun('WORLD_SIZE', 1), torchrun('LOCAL_WORLD_SIZE', 1)
@@ -331,7 +318,7 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
     if local_world_size > 1 and device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS') == '1':
-        # torchrun's default is one thread: share all cores instead
+        # torchrun's default of one thread: share all cores instead
         torch.set_num_threads(max(1, count_cores() // local_world_size))
     if compile == 'auto':
         compile = worth_compiling(device.type, micro_batches / world_size)
@@ -348,37 +335,32 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
     if dtype == 'auto':  # rank 0 chooses for all, because CPUs may differ between nodes
         dtype = process.gather(pick_dtype(device.type))[0]
     process.dtype = getattr(torch, dtype)
-    threads = torch.get_num_threads()
-    name = {'cpu': f'{threads} thread{"s" * (threads > 1)}', 'mps': 'Apple GPU'}.get(device.type)
-    many = f'{world_size} processes (backend={backend})' if world_size > 1 else '1 process'
-    process.print(f'using device={device} ({name or torch.cuda.get_device_name()}), '
-                  f'dtype={dtype}, compile={compile}, {many}')
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else \
+        f'{torch.get_num_threads()} CPU threads'
+    processes = f'{world_size} processes (backend={backend})' if world_size > 1 else '1 process'
+    process.print(f'using device={device} ({name}), {dtype=!s}, {compile=!s}, {processes}')
     return process
 
 def count_cores():
-    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def pick_device(device='auto', local_rank=0):
     """Return the torch.device: --device, or env TORCH_DEVICE, or the first of cuda, mps, cpu."""
     available = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available,
                  'cpu': lambda: True}
-    origin = f'--device={device}'
-    if device == 'auto' and os.environ.get('TORCH_DEVICE'):
-        device = os.environ['TORCH_DEVICE']
-        origin = f'TORCH_DEVICE={device}'
     if device == 'auto':
-        device = next(kind for kind in available if available[kind]())
-    kind, colon, index = str(device).partition(':')
-    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', str(device)):
-        fail(f'{origin}: device is one of auto, cpu, cuda, cuda:N, mps')
+        first = next(kind for kind in available if available[kind]())
+        device = os.environ.get('TORCH_DEVICE') or first
+    kind, colon, index = device.partition(':')
+    index = int(index or local_rank) if re.fullmatch(r'cpu|mps|cuda(:\d+)?', device) else -1
+    if index < 0:
+        fail(f'device={device}: device is one of auto, cpu, cuda, cuda:N, mps')
     if not available[kind]():
-        fail(f'{origin}: torch sees no such device here: use --device=cpu')
+        fail(f'device={device}: torch sees no such device here: use --device=cpu')
     if torchrun('WORLD_SIZE', 1) > 1 and (kind == 'mps' or colon):
-        fail(f'{origin} is for one process: under torchrun use --device=cuda or --device=cpu')
-    index = int(index or local_rank)
+        fail(f'device={device} is for one process: under torchrun use --device=cuda or cpu')
     if kind == 'cuda' and index >= torch.cuda.device_count():
-        fail(f'{origin}: this machine has {torch.cuda.device_count()} CUDA device(s): '
+        fail(f'device={device}: this machine has {torch.cuda.device_count()} CUDA device(s): '
              'start fewer processes, or use --device=cpu')
     return torch.device(f'cuda:{index}' if kind == 'cuda' else kind)
 
@@ -400,24 +382,21 @@ def cpu_multiplies_bfloat16():
         and product_flops(512, torch.bfloat16) > product_flops(512, torch.float32)
 
 def keep_memory():
-    """Make glibc's malloc keep freed memory, in huge pages, which saves a third of an update.
-
-    Otherwise each large activation is mapped and faulted in again at every update.
-    """
+    """Make glibc's malloc keep freed memory, in huge pages: a third less time for an update."""
+    # otherwise each large activation is mapped and faulted in again at every update
     try:
-        libc = ctypes.CDLL('libc.so.6')
-        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-        libc.free.argtypes = [ctypes.c_void_p]
-        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        libc, pointer = ctypes.CDLL('libc.so.6'), ctypes.c_void_p
+        libc.malloc.restype = pointer
         size = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     except (OSError, AttributeError, ValueError):  # macOS, Windows, musl
         return
     # let the heap grow once over addresses, without memory yet, that ask for huge pages
-    if block := libc.malloc(size):
-        libc.madvise((block + 2**21 - 1) // 2**21 * 2**21, size - 2**21, 14)  # MADV_HUGEPAGE
-        libc.free(block)
+    if block := libc.malloc(ctypes.c_size_t(size)):
+        start = (block + 2**21 - 1) // 2**21 * 2**21
+        libc.madvise(pointer(start), ctypes.c_size_t(size - 2**21), 14)  # MADV_HUGEPAGE
+        libc.free(pointer(block))
 
 def fresh_store(rank, world_size, timeout):
     """Return an empty store for init_process_group.
@@ -442,11 +421,9 @@ def fresh_store(rank, world_size, timeout):
     return dist.PrefixStore(store.get(f'answer/{token}').decode(), store)
 
 def worth_compiling(kind, micro_batches):
-    """Return whether torch.compile saves more time than it takes, in one process.
-
-    An estimate for GPUs: a minute to compile, 30 ms saved a micro-batch. It needs triton, a GPU
-    that triton supports, and a C compiler. On a CPU it gains nothing.
-    """
+    """Return whether torch.compile saves more time than it takes, on one device."""
+    # an estimate: on a GPU it takes a minute and saves 30 ms a micro-batch; on a CPU it gains
+    # nothing. It needs triton, a GPU that triton supports, and a C compiler
     return kind == 'cuda' and micro_batches >= 2000 \
         and importlib.util.find_spec('triton') is not None \
         and torch.cuda.get_device_capability() >= (7, 0) \

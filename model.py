@@ -88,10 +88,7 @@ class GPTConfig:
             bias=True, activation=activation, tie_weights=c.get('tie_word_embeddings', True))
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)**2 (https://arxiv.org/abs/2109.08668).
-
-    torch's own backward takes five operations instead of two, and keeps two tensors instead of one.
-    """
+    """relu(x)**2 (https://arxiv.org/abs/2109.08668) with a backward of two operations, not five."""
 
     @staticmethod
     def forward(ctx, x):
@@ -117,17 +114,17 @@ class RMSNorm(nn.RMSNorm):
 
 NORMS = {
     'layernorm': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
-    # on a CPU RMSNorm takes five times as long as LayerNorm, which is a single kernel
-    'rmsnorm': lambda config: RMSNorm(config.n_embd, eps=1e-5),  # https://arxiv.org/abs/1910.07467
+    # https://arxiv.org/abs/1910.07467; on a CPU it takes five times as long as LayerNorm
+    'rmsnorm': lambda config: RMSNorm(config.n_embd, eps=1e-5),
 }
 
 class Dropout(nn.Module):
     """In training, zero each element with probability p and divide the others by 1 - p.
 
-    nn.Dropout takes several times as long on a CPU. This one takes one random byte per element, so
-    p is rounded to a multiple of 1/256. `update` seeds the generator for each micro-batch. If
-    `parts` processes share the rows of a micro-batch, each draws the mask of all rows and takes
-    part `part`, so masks do not depend on the number of processes.
+    It takes one random byte per element, several times as fast on a CPU as nn.Dropout, so p is
+    rounded to a multiple of 1/256. If `parts` processes share the rows of a micro-batch, each
+    draws the mask of all rows and takes part `part`: masks do not depend on the number of
+    processes.
     """
 
     def __init__(self, p):
@@ -161,8 +158,7 @@ class KVCache:
     def __init__(self, max_length):
         self.max_length = max_length
         self.k, self.v = {}, {}  # by layer
-        # for token_shift, by (layer, 'attn' or 'mlp'): half of its input at the last position
-        self.last = {}  # (B, 1, C/2)
+        self.last = {}  # for token_shift: half of a layer's input at the last position (B, 1, C/2)
         self.length = 0  # S, the positions in use; GPT.forward increases it
 
     def append(self, layer, k, v):
@@ -181,10 +177,10 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, -1), sin.to(x.dtype))
 
 def attention_by_products(q, k, v):
-    """Causal attention of q, k, v (B, H, T, D) that keeps its (B, H, T, T) weights for backward.
+    """Causal attention of q, k, v (B, H, T, D) that keeps its weights (B, H, T, T) for backward.
 
-    In bfloat16 on a CPU, forward and backward take half as long as those of
-    F.scaled_dot_product_attention. Skipping the masked half in chunks did not pay.
+    In bfloat16 on a CPU this takes half as long as F.scaled_dot_product_attention. Skipping the
+    masked half in chunks did not pay.
     """
     T, D = q.shape[-2:]
     mask = q.new_full((T, T), -torch.inf).triu_(1)
@@ -250,10 +246,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def shift(self, part, x, cache=None):
-        """Return x (B, T, C) with half of its channels taken from the previous position.
-
-        part: 'attn' or 'mlp', whose input x is. The first position gets zeros.
-        """
+        """Return x (B, T, C), the input of 'attn' or 'mlp', half from the previous position."""
         if not self.token_shift:
             return x
         shifted, rest = x.chunk(2, dim=-1)  # (B, T, C/2)
@@ -427,9 +420,8 @@ class GPT(nn.Module):
 
         temperature 0 takes the most likely token. top_k > 0 samples from the k most likely tokens,
         top_p < 1 from the most likely ones that together reach probability top_p. Ids from
-        vocab_size on are padding and never drawn. The caller sets eval mode.
-        Once block_size positions are cached, generation goes on from the last half of them, so
-        that the cost of a token stays constant.
+        vocab_size on are padding and never drawn. The caller sets eval mode. After block_size
+        positions, generation goes on from the last half of them, at a constant cost per token.
         """
         block_size = self.config.block_size
         new = tokens = idx[:, -block_size:]
@@ -519,12 +511,8 @@ GPU_PEAK_TFLOPS = {
 }
 
 def peak_flops(process):
-    """Return the peak FLOP/s of one process's device, or None if it is unknown.
-
-    That of a GPU is in the table above. That of a CPU is measured: half a second, because a
-    virtual machine may be slow for shorter times.
-    """
-    if process.device.type != 'cuda':
+    """Return the peak FLOP/s of one process's device, or None if it is unknown."""
+    if process.device.type != 'cuda':  # measure half a second: a virtual machine may pause
         return product_flops(1536, process.dtype, process.device, process.clock, seconds=0.5)
     name = torch.cuda.get_device_name(process.device)
     for key, (half, single) in GPU_PEAK_TFLOPS.items():

@@ -14,15 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from configurator import (
-    configure,
-    cpu_multiplies_bfloat16,
-    fail,
-    one_line_errors,
-    pick_device,
-    run_main,
-    setup,
-)
+import configurator
+from configurator import configure, fail, one_line_errors, pick_device, run_main, setup
 from data.checkpoints import load_checkpoint, load_model
 from data.datasets import read_text
 from data.downloads import gpt2_folder
@@ -53,7 +46,7 @@ device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cud
 dtype = 'auto'  # of the weights: auto (fastest for this device) | float32 | bfloat16 | float16
 quantize = ''  # int8: weights of one byte, on a CPU; changes logits by about 1% of their spread
 
-LIMITS = {(1, 1e9): 'num_samples max_new_tokens', (0, math.inf): 'temperature top_k',
+LIMITS = {(1, 1e9): 'num_samples max_new_tokens', (0, 1e9): 'temperature top_k',
           (0, 1): 'top_p', (0, 2**63 - 1): 'seed'}
 CHOICES = {'weights': ('best', 'last'), 'quantize': ('', 'int8')}
 
@@ -124,11 +117,10 @@ def main():
 
 def last_run():
     """Return the folder of the latest run."""
-    runs = read_runs()
-    if not runs:
-        fail('nothing has been trained yet (no checkpoints.log): run python train.py, '
-             'or give --out_dir')
-    return runs[-1]
+    if runs := read_runs():
+        return runs[-1]
+    fail('nothing has been trained yet (no checkpoints.log): run python train.py, '
+         'or give --out_dir')
 
 def export_model(model, tokenizer):
     """Write config.json, model.safetensors and, for byte pairs, the tokenizer to `export`."""
@@ -146,7 +138,7 @@ def export_model(model, tokenizer):
           'loads it' + ', without a tokenizer' * (tokenizer.eot is None))
 
 class Text:
-    """The text of one sample, as far as its tokens make whole characters, and not beyond `stop`."""
+    """The text of one sample: whole characters only, and nothing from `stop` on."""
 
     def __init__(self, tokenizer, stop):
         self.tokenizer, self.stop = tokenizer, stop
@@ -160,10 +152,7 @@ class Text:
                 self.text, self.done = self.text[:self.text.index(self.stop)], True
 
     def new(self, end=False):
-        """Return the text since the last call, but not what may be the beginning of `stop`.
-
-        end: there is no more to come, so return all of the rest.
-        """
+        """Return the text since the last call, but before the end no beginning of `stop`."""
         hold = 0 if end or self.done or not self.stop else len(self.stop) - 1
         until = max(self.shown, len(self.text) - hold)
         new, self.shown = self.text[self.shown:until], until
@@ -181,15 +170,14 @@ def pick_dtype(kind, dtype, quantize, num_samples):
         return dtype
     if quantize:
         return 'float32'
-    if num_samples > 1 and cpu_multiplies_bfloat16():
+    if num_samples > 1 and configurator.cpu_multiplies_bfloat16():
         return 'bfloat16'
     return 'float16' if FBGEMM else 'bfloat16' if num_samples == 1 else 'float32'
 
 def place_for_generation(model, device, dtype, quantize, num_samples):
-    """Move the model to the device, in eval mode, with its weights in dtype, or in int8.
+    """Move the model to the device, in eval mode, with its weights in dtype or int8.
 
-    On a CPU only the weights of Linear layers are stored in dtype. All else stays in float32, in
-    which it is fastest.
+    On a CPU, only Linear layers get it: all else is fastest in float32.
     """
     model.eval().to(device)
     if device.type != 'cpu':
@@ -243,8 +231,8 @@ class OneDNNLinear(CastLinear):
 class Int8Linear(nn.Module):
     """One byte a weight, with a scale per output channel.
 
-    A product with one row is a weighted sum of the matrix's columns. embedding_bag computes such
-    sums as fast as memory gives bytes, several times as fast as torch's int8 products.
+    One row times a matrix is a weighted sum of the matrix's columns. embedding_bag computes such
+    sums several times as fast as torch's int8 products.
     """
 
     def __init__(self, linear, dtype, rows):
@@ -252,8 +240,7 @@ class Int8Linear(nn.Module):
         weight, self.bias = linear.weight.float(), linear.bias
         self.n_out, n_in = weight.shape
         self.scale = weight.abs().amax(dim=1).clamp(min=1e-30)
-        # divide the outputs into parts, the same number for each thread, that are narrow enough
-        # for their sums to stay in registers
+        # parts of the outputs: equally many for each thread, and narrow, to sum in registers
         threads = torch.get_num_threads()
         parts = threads * math.ceil(self.n_out / 256 / threads)
         width = math.ceil(self.n_out / parts / 16) * 16

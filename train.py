@@ -18,19 +18,9 @@ import torch
 from torch import nn
 
 from configurator import Process, configure, fail, one_line_errors, run_main, setup, torchrun
-from data.checkpoints import (
-    VERSION,
-    contradictions,
-    is_sharded,
-    load_checkpoint,
-    load_model,
-    load_optimizers,
-    unchanged,
-    write_checkpoint,
-)
+from data import checkpoints, runs
 from data.datasets import open_dataset
 from data.downloads import gpt2_folder
-from data.runs import Metrics, catch_signals, claim, keep_earlier_run, remember_run, start_wandb
 from data.tokenizers import continue_text, pick_prompt, tokenizer_from_dict
 from data.windows import divide
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops
@@ -104,7 +94,6 @@ parallel = 'ddp'  # every process holds the whole model (ddp) or a shard of it (
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, more time
 peak_tflops = 0.0  # peak of one device, for mfu; 0 looks it up, or measures a CPU
 
-
 def cosine(it, end):
     """Fall along half a cosine after the warmup."""
     return 0.5 + 0.5 * math.cos(math.pi * fraction_done(it, warmup_iters, end))
@@ -118,8 +107,8 @@ CHOICES = {'activation': ACTIVATIONS, 'norm': NORMS, 'optimizer': ('adamw', 'muo
            'lr_schedule': SCHEDULES, 'parallel': ('ddp', 'fsdp'), 'compile': ('auto', True, False),
            'dtype': ('auto', 'float32', 'bfloat16', 'float16'), 'backend': ('auto', 'nccl', 'gloo')}
 LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s',
-          (0, math.inf): 'eval_iters sample_tokens max_iters train_iters warmup_iters min_lr '
-                         'lr_decay_iters grad_clip muon_lr skip_batches peak_tflops',
+          (0, 1e9): 'eval_iters sample_tokens max_iters train_iters warmup_iters min_lr '
+                    'lr_decay_iters grad_clip muon_lr skip_batches peak_tflops',
           (0, 1): 'muon_momentum input_noise decay_frac', (0, 2**63 - 1): 'seed'}
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
 _defaults, _given = {}, set()  # configure: all settings; those that arguments assign
@@ -179,12 +168,12 @@ def main(argv=None):
     # files, signals and compilation
     metrics = None
     if process.is_main:
-        out_lock = out_lock or claim(out_dir)
-        wandb = start_wandb(wandb_project, wandb_run_name, settings()) if wandb_log else None
-        out_lock = keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model)
-        metrics = Metrics(out_dir, resumed_at, wandb)
-        remember_run(out_dir)
-    signals = catch_signals(process)
+        out_lock = out_lock or runs.claim(out_dir)
+        wandb = runs.start_wandb(wandb_project, wandb_run_name, settings()) if wandb_log else None
+        out_lock = runs.keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model)
+        metrics = runs.Metrics(out_dir, resumed_at, wandb)
+        runs.remember_run(out_dir)
+    signals = runs.catch_signals(process)
     compile_forward(learner)
     peak = peak_tflops * 1e12 or peak_flops(process)
     process.print(LEGEND)
@@ -202,7 +191,7 @@ def main(argv=None):
             t1 = time.perf_counter()
             train_loss, val_loss = evaluate(learner, train_data), evaluate(learner, val_data)
             if not math.isfinite(train_loss + val_loss):
-                fail(f'the loss is not finite at iteration {it}: {unchanged(out_dir)}', code=1)
+                checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
             # random weights are never saved as the best
             best = (it > 0 or init_from != 'scratch') and val_loss < progress.best_val_loss
             if best:
@@ -241,10 +230,9 @@ def main(argv=None):
         stop, bad = row['stop'], row['bad']
         overflows = overflows + 1 if bad else 0
         if bad == 'loss' or bad and not learner.scaler.is_enabled():
-            fail(f'the {bad} is not finite at iteration {it}: stopped before the weights changed, '
-                 f'{unchanged(out_dir)}', code=1)
+            checkpoints.give_up(f'the {bad} is not finite at iteration {it}', out_dir)
         if overflows == MAX_OVERFLOWS:
-            fail(f'{overflows} float16 overflows in a row: {unchanged(out_dir)}', code=1)
+            checkpoints.give_up(f'{overflows} float16 overflows in a row', out_dir)
         if overflows:
             process.print(f'note: float16 overflow, update skipped ({overflows} in a row)')
         now = process.clock(wait=logged)
@@ -293,8 +281,8 @@ def read_settings(argv):
     if resuming():
         path = paths()[0]
         if os.path.exists(path) and not eval_only and torchrun('RANK', 0) == 0:
-            out_lock = claim(out_dir)  # before another run replaces the checkpoint
-        checkpoint = load_checkpoint(path)
+            out_lock = runs.claim(out_dir)  # before another run replaces the checkpoint
+        checkpoint = checkpoints.load_checkpoint(path)
         if 'optimizer' not in checkpoint:
             fail(f'{path} holds weights to sample from: resume from ckpt.pt or ckpt_prev.pt')
         saved = {k: v for k, v in checkpoint['config'].items() if k not in NOT_RESUMED}
@@ -328,7 +316,9 @@ def model_shape(vocab_size):
 
 def check_resume(checkpoint, data_id, tokenizer, process):
     """Fail if data or settings contradict the checkpoint, or if ranks see other ones."""
-    problems = contradictions(checkpoint, data_id, tokenizer, settings()) if checkpoint else []
+    problems = []
+    if checkpoint:
+        problems = checkpoints.contradictions(checkpoint, data_id, tokenizer, settings())
     steps = process.gather(checkpoint['iter_num'] if checkpoint else 0)
     if len(set(steps)) > 1:
         problems.append(f'ranks find steps {steps} in {out_dir}: is it on a disk that all see?')
@@ -343,7 +333,7 @@ def make_model(checkpoint, vocab_size, process):
     if init_from == 'scratch':
         return GPT(model_shape(vocab_size))
     if checkpoint:
-        model = load_model(os.path.join(out_dir, ckpt), checkpoint, dropout=dropout)
+        model = checkpoints.load_model(os.path.join(out_dir, ckpt), checkpoint, dropout=dropout)
         shape = model.config
     else:
         with one_line_errors(f'--init_from={init_from}: '):
@@ -430,7 +420,7 @@ def make_optimizers(model, process):
 def resume(learner, checkpoint):
     """Load the state of the optimizers; return the Progress of the checkpoint."""
     path, before = os.path.join(out_dir, ckpt), checkpoint['config']
-    load_optimizers(path, checkpoint, learner.optimizers, learner.scaler)
+    checkpoints.load_optimizers(path, checkpoint, learner.optimizers, learner.scaler)
     progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
     skipped = skip_batches - before.get('skip_batches', 0)
     progress.position += skipped * gradient_accumulation_steps * batch_size
@@ -479,7 +469,7 @@ def update(learner, batches, factor, signals=(), timed=True):
     finite; then the weights have not changed.
     """
     process, scaler, params = learner.process, learner.scaler, learner.params
-    count, sharded = len(learner.micro_batches), is_sharded(params[0])
+    count, sharded = len(learner.micro_batches), checkpoints.is_sharded(params[0])
     # fsdp takes the mean over the ranks itself
     divisor = count if sharded else count * process.world_size
     sums = torch.zeros(2, device=process.device)  # loss, number of ranks that want to stop
@@ -582,8 +572,8 @@ def log_row(row, dt, learner, peak):
 
 def save(name, learner, tokenizer, **more):
     """Write the weights, and what explains them, to out_dir/name. All ranks call this together."""
-    write_checkpoint(os.path.join(out_dir, name), learner.process, {
-        'format': VERSION, 'model': dict(learner.model.state_dict()),
+    checkpoints.write_checkpoint(os.path.join(out_dir, name), learner.process, {
+        'format': checkpoints.VERSION, 'model': dict(learner.model.state_dict()),
         'model_args': asdict(learner.model.config), 'config': settings(),
         'tokenizer': tokenizer.to_dict(), **more})
 

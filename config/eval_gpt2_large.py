@@ -1,6 +1,6 @@
-# Loss of OpenAI's gpt2-large on a dataset in its tokens: Shakespeare, or --dataset=openwebtext once it is prepared
+# Evaluate OpenAI's gpt2-large on Shakespeare, or with --dataset=openwebtext on OpenWebText
 #     python train.py config/eval_gpt2_large.py
-# not run: the weights could not be downloaded where quill was measured
+# Never run: OpenAI's weights could not be downloaded on the machines where quill was measured.
 init_from = 'gpt2-large'
 eval_only = True
 dataset = 'shakespeare'

@@ -1,13 +1,13 @@
-# GPT-2 (124M) on OpenWebText, ~0.5M tokens an update: nanoGPT's reproduction of OpenAI's val loss
+# GPT-2 (124M) on OpenWebText, about 0.5M tokens per update, as in nanoGPT's reproduction of GPT-2
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
-# not run: no GPU was at hand
+# Never run: no GPU was available.
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 eval_interval = 1000
 eval_iters = 200
 sample_prompt = 'Hello, I am a language model,'
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens
+# 12 sequences x 1,024 tokens x 40 micro-batches = 491,520 tokens per update
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 40
@@ -16,6 +16,6 @@ n_head = 12
 n_embd = 768
 
 learning_rate = 6e-4
-max_iters = 600000  # 300B tokens
+max_iters = 600000  # 295B tokens
 min_lr = 6e-5
 warmup_iters = 2000

@@ -1,21 +1,22 @@
-# GPT-2's size with modern parts and Muon on FineWeb: rotary positions, normalized queries and keys, squared ReLU
+# A modern GPT of GPT-2's size on FineWeb: rotary positions, QK-norm, squared ReLU, Muon
 #     python data/fineweb/prepare.py --shards=18
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2_fineweb.py
-# not run: no GPU was at hand; the rates follow the published figures of modded-nanogpt's simple track (3.28 in 1.7B tokens)
+# Never run: no GPU was available. The learning rates follow the published figures of
+# modded-nanogpt's simple track (val loss 3.28 after 1.7B tokens).
 out_dir = 'out-gpt2-fineweb'
 dataset = 'fineweb'
 eval_interval = 125
 eval_iters = 160
 sample_prompt = 'Hello, I am a language model,'
 
-# 16 sequences x 1024 tokens x 32 micro-batches = 524,288 tokens, 3,250 times = 1.7B
+# 16 sequences x 1,024 tokens x 32 micro-batches = 524,288 tokens per update, 1.7B in all
 batch_size = 16
 block_size = 1024
 gradient_accumulation_steps = 32
 max_iters = 3250
 
 n_layer = 12
-n_head = 6  # heads of 128: the same work in fewer, larger products
+n_head = 6  # of 128 channels: the same work in fewer, larger matrix products
 n_embd = 768
 activation = 'relu2'
 norm = 'rmsnorm'

@@ -1,6 +1,6 @@
-# GPT-2 medium (350M) on OpenWebText, its parameters divided over the GPUs
+# GPT-2 medium (350M) on OpenWebText; FSDP shards the parameters over the GPUs
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2_medium_fsdp.py
-# not run: no GPU was at hand
+# Never run: no GPU was available.
 out_dir = 'out-gpt2-medium'
 dataset = 'openwebtext'
 eval_interval = 1000
@@ -10,7 +10,7 @@ sample_prompt = 'Hello, I am a language model,'
 parallel = 'fsdp'
 activation_checkpointing = True
 
-# 8 sequences x 1024 tokens x 60 micro-batches = 491,520 tokens
+# 8 sequences x 1,024 tokens x 60 micro-batches = 491,520 tokens per update
 batch_size = 8
 block_size = 1024
 gradient_accumulation_steps = 60

@@ -222,3 +222,8 @@ def write_checkpoint(path, process, checkpoint):
 
 def unchanged(out_dir):
     return f'the last checkpoint in {out_dir} is as it was'
+
+
+def give_up(problem, out_dir):
+    """End a run with exit code 1 before its weights change."""
+    fail(f'{problem}: stopped before the weights changed, {unchanged(out_dir)}', code=1)

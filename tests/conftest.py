@@ -95,18 +95,33 @@ def metrics(out):
 
 
 def script(project, *command, nproc=0, cwd=None, code=0, env=None, torchrun=()):
-    """Run a script of the project copy, under torchrun with nproc processes; return (stdout, stderr)."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', *torchrun] if nproc else []
-    done = subprocess.run([sys.executable, *launcher, str(project / command[0]), *map(str, command[1:])],
-                          capture_output=True, text=True, cwd=cwd or project, timeout=100, env=os.environ | (env or {}))
-    assert done.returncode == code, f'exit code {done.returncode}\n{done.stdout}\n{done.stderr}'
+    """Run a script of the project copy; return (stdout, stderr).
+
+    nproc: the number of processes under torchrun; 0 runs it without torchrun. torchrun: further
+    arguments of torchrun. code: the expected exit code.
+    """
+    name, *arguments = command
+    launcher = []
+    if nproc:
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}',
+                    *torchrun]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(project / name), *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd or project, timeout=100,
+        env=os.environ | (env or {}))
+    message = f'exit code {done.returncode}\n{done.stdout}\n{done.stderr}'
+    assert done.returncode == code, message
     return done.stdout, done.stderr
 
 
 def snapshot(*folders):
     """{path: content} of all files below folders."""
-    return {os.path.join(d, f): open(os.path.join(d, f), 'rb').read()
-            for folder in folders for d, _, files in os.walk(folder) for f in files if '__pycache__' not in d}
+    contents = {}
+    for folder in folders:
+        for path in pathlib.Path(folder).rglob('*'):
+            if path.is_file() and '__pycache__' not in str(path.parent):
+                contents[str(path)] = path.read_bytes()
+    return contents
 
 
 def unigram_entropy(text):

@@ -8,8 +8,17 @@ from torch.nn import functional as F
 
 from configurator import Process
 from data.safetensors import read_safetensors
-from model import (ACTIVATIONS, GPT, Dropout, GPTConfig, KVCache, attention_by_products, draw,
-                   peak_flops, rotate)
+from model import (
+    ACTIVATIONS,
+    GPT,
+    Dropout,
+    GPTConfig,
+    KVCache,
+    attention_by_products,
+    draw,
+    peak_flops,
+    rotate,
+)
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, token_shift=True,

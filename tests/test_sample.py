@@ -1,14 +1,29 @@
+"""sample.py: prompts, samples, exports, and weights of fewer bytes on a CPU."""
 import os
 import re
 
 import pytest
 import torch
+from conftest import metrics, script
+from torch import nn
 
 import sample
-import train
-from conftest import metrics, script
 from configurator import configure
-from data.common import CharTokenizer
+from data import runs
+from data.tokenizers import CharTokenizer
+from model import GPT, GPTConfig, KVCache
+from sample import CastLinear, FBGEMMLinear, Int8Linear, OneDNNLinear, place_for_generation
+
+CPU = torch.device('cpu')
+ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+fbgemm = pytest.mark.skipif(not sample.FBGEMM, reason='needs FBGEMM, which is for x86')
+onednn = pytest.mark.skipif(not ONEDNN, reason='needs a CPU on which oneDNN has bfloat16')
+# each class of stored weights with a dtype and the relative error of its products
+STORED = [pytest.param(CastLinear, torch.bfloat16, 8e-3, id='cast-bfloat16'),
+          pytest.param(CastLinear, torch.float16, 2e-3, id='cast-float16'),
+          pytest.param(FBGEMMLinear, torch.float16, 2e-3, id='fbgemm', marks=fbgemm),
+          pytest.param(OneDNNLinear, torch.bfloat16, 8e-3, id='onednn', marks=onednn),
+          pytest.param(Int8Linear, torch.float32, 1.5e-2, id='int8')]
 
 
 @pytest.fixture
@@ -18,8 +33,10 @@ def trained(train_run, tmp_path):
 
 
 @pytest.fixture
-def sampled(capsys):
-    """A function that runs sample.py in this process and returns what it prints."""
+def sampled(capsys, monkeypatch):
+    """A function that runs sample.main, without downloads, and returns what it prints."""
+    monkeypatch.setattr('data.tokenizers.download', None)
+
     def go(*arguments):
         capsys.readouterr()
         configure(vars(sample), ['--max_new_tokens=20', '--num_samples=2', *map(str, arguments)])
@@ -29,23 +46,33 @@ def sampled(capsys):
 
 
 def test_a_sample_begins_with_the_prompt_from_any_directory(project, trained, tmp_path):
-    os.makedirs(tmp_path / 'elsewhere')
-    out, err = script(project, 'sample.py', '--start=What is an LLM?', '--num_samples=3', cwd=tmp_path / 'elsewhere')
-    assert len(re.findall(r'^What is an LLM\?', out, re.M)) == 3 and not err and str(trained) in out
-    assert re.search(r'3 x 500 tokens in \d+\.\d+ s: \d+ tokens/s$', out) and os.listdir(tmp_path / 'elsewhere') == []
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    out, err = script(project, 'sample.py', '--start=What is an LLM?', '--num_samples=3',
+                      cwd=elsewhere)
+    assert len(re.findall(r'^What is an LLM\?', out, re.M)) == 3 and not err
+    assert str(trained) in out
+    assert re.search(r'3 x 500 tokens in \d+\.\d+ s: \d+ tokens/s$', out)
+    assert os.listdir(elsewhere) == []
 
 
 def test_best_and_last_weights_are_told_apart(trained, sampled):
     losses = {r['step']: r['val_loss'] for r in metrics(trained)[1]}
     best = min((5, 10), key=losses.get)
-    out = sampled(f'--out_dir={trained}')
-    assert f'best weights: {trained}/model.pth, step {best}, val loss {losses[best]:.4f}' in out
-    assert f'last weights: {trained}/ckpt.pt, step 10' in sampled(f'--out_dir={trained}', '--weights=last')
+    line = f'{trained}/model.pth, step {best}, best val loss {losses[best]:.4f}'
+    assert f'best weights: {line}' in sampled(f'--out_dir={trained}')
+    line = f'{trained}/ckpt.pt, step 10'
+    assert f'last weights: {line}' in sampled(f'--out_dir={trained}', '--weights=last')
 
 
-def test_sampling_is_repeatable_and_needs_no_dataset(trained, sampled, monkeypatch):
-    monkeypatch.setattr(train, 'HERE', '/nonexistent')
-    a, b, c = (sampled(f'--out_dir={trained}', f'--seed={s}').split('---------------') for s in (1, 1, 2))
+def test_sampling_is_repeatable_and_needs_no_dataset(project, trained, sampled):
+    dataset, hidden = project / 'data' / 'topics', project / 'data' / 'hidden'
+    dataset.rename(hidden)
+    try:
+        outs = [sampled(f'--out_dir={trained}', f'--seed={seed}') for seed in (1, 1, 2)]
+    finally:
+        hidden.rename(dataset)
+    a, b, c = (out.split('---------------') for out in outs)
     assert a[:-1] == b[:-1] and a[:-1] != c[:-1]
     assert a[0].splitlines()[2:] != a[1].splitlines()[1:]  # two samples differ
 
@@ -54,51 +81,64 @@ def test_sampling_is_repeatable_and_needs_no_dataset(trained, sampled, monkeypat
 def test_weights_of_fewer_bytes_still_tell_what_was_learned(trained, sampled, choice):
     out = sampled(f'--out_dir={trained}', choice, '--start=The ')
     assert len(out.split('---------------')) == 3 and out.count('\nThe ') == 2
-    assert choice[2:] in out if 'dtype' in choice else ', as int8\n' in out  # the lines that say what is used
+    # the lines that tell what is used
+    assert (choice[2:] if 'dtype' in choice else ', as int8\n') in out
 
 
 def test_a_batch_of_samples_and_streaming_show_the_same_greedy_text(trained, sampled):
-    def texts(out):
+    def text(num_samples):
+        out = sampled(f'--out_dir={trained}', '--temperature=0', '--start=The ', '--dtype=float32',
+                      f'--num_samples={num_samples}')
         return re.sub(r'.*\n.*\n', '', out, count=1).rsplit('\n', 2)[0]
-    greedy = (f'--out_dir={trained}', '--temperature=0', '--start=The ', '--dtype=float32')
-    one, two = texts(sampled(*greedy, '--num_samples=1')), texts(sampled(*greedy, '--num_samples=2'))
-    assert two == f'{one}\n---------------\n{one}\n---------------' and one.startswith('The ') and len(one) == 24
+    one, two = text(1), text(2)
+    assert two == f'{one}\n---------------\n{one}\n---------------'
+    assert one.startswith('The ') and len(one) == 24
 
 
 def test_the_prompt_can_come_from_a_file_be_empty_or_be_too_long(trained, sampled, tmp_path):
-    (tmp_path / 'prompt.txt').write_text('from a file')
-    assert 'from a file' in sampled(f'--out_dir={trained}', f'--start=FILE:{tmp_path / "prompt.txt"}')
+    prompt = tmp_path / 'prompt.txt'
+    prompt.write_text('from a file')
+    assert 'from a file' in sampled(f'--out_dir={trained}', f'--start=FILE:{prompt}')
     assert 'tokens/s' in sampled(f'--out_dir={trained}', '--start=')
     out = sampled(f'--out_dir={trained}', '--start=' + 'long ' * 20)
-    assert 'note: the prompt has 100 tokens, the model sees the last 32' in out and 'long ' * 20 in out
+    assert 'note: the prompt has 100 tokens, the model sees the last 32' in out
+    assert 'long ' * 20 in out
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--start=Größe'], "'ß' 'ö'"), (['--start=FILE:nowhere'], 'nowhere: No such file'), (['--out_dir=nowhere'], 'no model.pth in'),
-    (['--num_samples=0', '--top_p=2', '--temperature=nan'], 'top_p is above 0'), (['--weights=worst'], 'best or last'),
-    (['--quantize=int4'], 'int8 or nothing'), (['--init_from=gpt5'], 'resume, gpt2, gpt2-medium'), (['--seed=-1'], 'at least 0'),
+    (['--start=Größe'], "'ß' 'ö'"), (['--start=FILE:nowhere'], 'nowhere: No such file'),
+    (['--out_dir=nowhere'], 'no model.pth in'),
+    (['--num_samples=0'], 'num_samples is between 1'),
+    (['--max_new_tokens=0'], 'max_new_tokens is between 1'),
+    (['--temperature=nan'], 'temperature is'), (['--temperature=inf'], 'temperature is'),
+    (['--temperature=-1'], 'temperature is'), (['--temperature=1e999'], 'temperature is'),
+    (['--top_k=-1'], 'top_k is'), (['--top_p=2'], 'top_p is'), (['--top_p=0'], 'top_p is'),
+    (['--seed=-1'], 'seed is'), (['--seed=9223372036854775808'], 'seed is'),
+    (['--weights=worst'], 'weights is one of best, last'),
+    (['--quantize=int4'], 'quantize is'), (['--dtype=int8'], 'dtype is one of'),
+    (['--init_from=gpt5'], 'gpt2, gpt2-medium'),
     (['--quantize=int8', '--dtype=bfloat16'], 'without --dtype')])
-def test_mistakes_end_with_one_line(project, trained, capsys, arguments, words):
+def test_mistakes_end_with_one_line(trained, sampled, capsys, arguments, words):
     with pytest.raises(SystemExit) as e:
-        config = configure(vars(sample), [f'--out_dir={trained}', *arguments])
-        problems = sample.check_settings(config)
-        if problems:
-            sample.fail(*problems)
-        sample.main()
+        sampled(f'--out_dir={trained}', *arguments)
     err = capsys.readouterr().err
-    assert e.value.code == 2 and words in err and err.splitlines()[-1].startswith('error: ')
+    assert e.value.code == 2 and words in err
+    assert len(err.splitlines()) == 1 and err.startswith('error: ')
 
 
-def test_where_there_is_no_best_model_yet_the_error_says_to_take_the_last(train_run, tmp_path, sampled, capsys):
+def test_without_a_best_model_the_error_says_to_take_the_last(train_run, tmp_path, sampled,
+                                                              capsys):
     train_run('--max_iters=3')
-    os.remove(tmp_path / 'out' / 'model.pth')  # as after a signal before the first evaluation
+    out = tmp_path / 'out'
+    os.remove(out / 'model.pth')  # as after a signal before the first evaluation
     with pytest.raises(SystemExit) as e:
-        sampled(f'--out_dir={tmp_path / "out"}')
-    assert e.value.code == 2 and 'no model.pth in' in (err := capsys.readouterr().err) and 'use --weights=last' in err
-    assert 'step 3' in sampled(f'--out_dir={tmp_path / "out"}', '--weights=last')
+        sampled(f'--out_dir={out}')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and 'no model.pth in' in err and 'use --weights=last' in err
+    assert 'step 3' in sampled(f'--out_dir={out}', '--weights=last')
 
 
-def test_stop_ends_a_sample_before_its_text_also_while_streaming():
+def test_stop_ends_a_sample_before_its_text_while_streaming_too():
     tokenizer = CharTokenizer('abcdef')
     text, shown = sample.Text(tokenizer, 'dead'), ''
     for i, token in enumerate(tokenizer.encode('abdecdeadabc')):
@@ -110,7 +150,8 @@ def test_stop_ends_a_sample_before_its_text_also_while_streaming():
     for token in tokenizer.encode('abdea'):
         text.add(token)
         shown += text.new()
-    assert shown == 'ab' and shown + text.new(end=True) == 'abdea'  # the beginning of stop at the very end
+    # the sample ends with the beginning of stop
+    assert shown == 'ab' and shown + text.new(end=True) == 'abdea'
 
 
 def test_stop_ends_all_samples_early(trained, sampled):
@@ -134,60 +175,202 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
 
 def test_padding_of_the_vocabulary_is_never_sampled(trained, sampled, tmp_path):
     checkpoint = torch.load(trained / 'model.pth')
-    checkpoint['tokenizer']['chars'] = checkpoint['tokenizer']['chars'][:40]  # as if the rest were padding
+    # as if all other ids were padding
+    checkpoint['tokenizer']['chars'] = checkpoint['tokenizer']['chars'][:40]
     torch.save(checkpoint, trained / 'model.pth')
-    assert '2 x 200 tokens' in sampled(f'--out_dir={trained}', '--max_new_tokens=200', '--temperature=3', '--start=\n')
+    assert '2 x 200 tokens' in sampled(f'--out_dir={trained}', '--max_new_tokens=200',
+                                       '--temperature=3', '--start=\n')
 
 
 def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_path, capsys):
     transformers = pytest.importorskip('transformers')
-    out = sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
+    folder = tmp_path / 'hf'
+    out = sampled(f'--out_dir={trained}', f'--export={folder}')
     assert 'exported to' in out
     weights = torch.load(trained / 'model.pth')['model']
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'hf').state_dict()
-    assert torch.equal(theirs['transformer.h.0.mlp.c_fc.weight'].t(), weights['transformer.h.0.mlp.c_fc.weight'])
-    with pytest.raises(SystemExit) as e:
-        sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
-    assert e.value.code == 2 and 'name another' in capsys.readouterr().err
-    with pytest.raises(SystemExit) as e:
-        sampled(f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}')
-    assert e.value.code == 2 and 'Not a directory' in capsys.readouterr().err
-    with pytest.raises(SystemExit) as e:
-        sampled(f'--init_from={tmp_path / "hf"}', '--out_dir=')
-    assert e.value.code == 2 and 'such a folder holds no tokenizer' in capsys.readouterr().err
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).state_dict()
+    name = 'transformer.h.0.mlp.c_fc.weight'
+    assert torch.equal(theirs[name].t(), weights[name])
+    for arguments, words in (
+            ([f'--out_dir={trained}', f'--export={folder}'], 'name another'),
+            ([f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}'],
+             'Not a directory'),
+            ([f'--init_from={folder}'], 'holds no tokenizer')):
+        with pytest.raises(SystemExit) as e:
+            sampled(*arguments)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and len(err.splitlines()) == 1
 
 
-def test_an_export_that_finds_no_space_leaves_nothing(trained, sampled, tmp_path, monkeypatch, capsys):
+def test_an_export_that_finds_no_space_leaves_nothing(trained, sampled, tmp_path, monkeypatch,
+                                                      capsys):
     def full(model, folder):
-        open(os.path.join(folder, 'model.safetensors'), 'wb').write(b'half')
+        with open(os.path.join(folder, 'model.safetensors'), 'wb') as f:
+            f.write(b'half')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(sample.GPT, 'save_pretrained', full)
     with pytest.raises(SystemExit) as e:
         sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
-    assert e.value.code == 1 and 'No space left' in capsys.readouterr().err and not (tmp_path / 'hf').exists()
+    assert e.value.code == 1 and 'No space left' in capsys.readouterr().err
+    assert not (tmp_path / 'hf').exists()
 
 
 def test_a_model_that_gpt2_cannot_express_is_not_exported(train_run, tmp_path, sampled, capsys):
     train_run('--max_iters=1', '--rotary=True')
     with pytest.raises(SystemExit) as e:
         sampled(f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}')
-    assert e.value.code == 2 and 'rotary=True has no counterpart' in capsys.readouterr().err and not (tmp_path / 'hf').exists()
+    assert e.value.code == 2
+    assert 'rotary=True has no counterpart' in capsys.readouterr().err
+    assert not (tmp_path / 'hf').exists()
 
 
-def test_the_list_of_runs_may_be_empty_and_hold_any_name(trained, sampled, train_run, tmp_path, capsys):
-    log = os.path.join(train.HERE, 'checkpoints.log')
-    open(log, 'w').close()
+def test_the_list_of_runs_may_be_empty_and_hold_any_name(trained, sampled, train_run, tmp_path,
+                                                         capsys):
+    open(runs.RUNS_LOG, 'w').close()
     with pytest.raises(SystemExit) as e:
         sampled()
     assert e.value.code == 2 and 'nothing has been trained yet' in capsys.readouterr().err
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/\xff')
     train_run('--max_iters=5', out=odd)
-    assert train.read_runs() == [odd] and sample.last_run() == odd
+    assert runs.read_runs() == [odd] and sample.last_run() == odd
 
 
-@pytest.mark.parametrize('mistake, words', [('--start=FILE:/nonexistent', '/nonexistent: No such file'), ('--export=/', 'not an empty folder')])
-def test_mistakes_are_found_before_weights_are_fetched(sampled, monkeypatch, capsys, mistake, words):
-    monkeypatch.setattr(sample, 'load_gpt2', None)
+@pytest.mark.parametrize('mistake, words', [
+    ('--start=FILE:/nonexistent', '/nonexistent: No such file'),
+    ('--export=/', 'not an empty folder')])
+def test_mistakes_are_found_before_weights_are_fetched(sampled, monkeypatch, capsys, mistake,
+                                                       words):
+    monkeypatch.setattr(sample, 'gpt2_folder', None)
     with pytest.raises(SystemExit) as e:
         sampled('--init_from=gpt2', mistake)
     assert e.value.code == 2 and words in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# weights of fewer bytes
+
+@pytest.mark.parametrize('rows', [1, 3, 40])
+@pytest.mark.parametrize('stored, dtype, error', STORED)
+def test_stored_weights_multiply_like_the_exact_ones(stored, dtype, error, rows):
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 960)
+    with torch.no_grad():
+        linear.weight *= torch.logspace(-3, 1, 960)[:, None]  # channels of different size
+        linear.weight[5] = 0
+        module = stored(linear, dtype, rows)
+        # a token of each sample, a prompt, another number of samples
+        for x in (torch.randn(rows, 1, 128), torch.randn(rows, 7, 128),
+                  torch.randn(rows + 1, 1, 128)):
+            got, expected = module(x), linear(x)
+            assert got.dtype == torch.float32 and got.shape == expected.shape
+            size = expected.abs().amax(dim=(0, 1)) + linear.weight.norm(dim=1) * 128**0.5 * 0.1
+            assert ((got - expected).abs().amax(dim=(0, 1)) <= error * size).all()
+
+
+@pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.parametrize('stored, dtype, error', STORED)
+def test_stored_weights_take_and_give_what_float16_cannot_hold(stored, dtype, error, rows):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96)
+    x = torch.randn(rows, 1, 64)
+    x[:, :, 7] = 7e5
+    with torch.no_grad():
+        got, expected = stored(linear, dtype, rows)(x), linear(x)
+    assert expected.abs().max() > 65504
+    assert (got - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.parametrize('stored, dtype, error', STORED)
+def test_stored_weights_add_the_bias_exactly(stored, dtype, error, rows):
+    linear = nn.Linear(8, 20)
+    nn.init.zeros_(linear.weight)
+    nn.init.normal_(linear.bias, std=1e5)
+    with torch.no_grad():
+        got = stored(linear, dtype, rows)(torch.randn(rows, 1, 8))
+    assert torch.equal(got, linear.bias.expand(rows, 1, 20))
+
+
+def test_int8_rounds_a_weight_by_at_most_a_255th_of_its_channels_largest():
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 700, bias=False)
+    with torch.no_grad():
+        linear.weight *= torch.logspace(-3, 3, 700)[:, None]
+        stored = Int8Linear(linear, torch.float32, rows=1)(torch.eye(48)[None])[0].T
+        off = (stored - linear.weight).abs()
+        largest = linear.weight.abs().amax(dim=1, keepdim=True)
+    assert (off / largest).max() <= 1.001 / 255
+    assert off.mean() > 0
+
+
+@pytest.mark.parametrize('width', [1, 8, 20, 24, 33, 40, 65, 100, 130])
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('stored, dtype, error', STORED)
+def test_stored_weights_of_any_width_are_multiplied(stored, dtype, error, width, threads,
+                                                    monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    torch.manual_seed(0)
+    for n_out in (1, 65, 2000):
+        linear = nn.Linear(width, n_out)
+        for rows in (1, 3):
+            x = torch.randn(rows, 1, width)
+            with torch.no_grad():
+                assert torch.allclose(stored(linear, dtype, rows)(x), linear(x), atol=0.05)
+
+
+def small_gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32))
+
+
+@pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.parametrize('dtype, quantize, error', [
+    (torch.bfloat16, '', 0.02), (torch.float16, '', 0.005), (torch.float32, 'int8', 0.03)])
+def test_logits_with_stored_weights_are_near(dtype, quantize, error, rows):
+    model = small_gpt().eval()
+    idx = torch.randint(50, (rows, 16))
+    with torch.no_grad():
+        exact = model(idx)[0]
+        place_for_generation(model, CPU, dtype, quantize, rows)
+        cache = KVCache(16)
+        near = [model(idx[:, :2], cache=cache)[0]]
+        near += [model(idx[:, [i]], cache=cache)[0] for i in range(2, 16)]
+        near = torch.cat(near, dim=1)
+    assert 0 < (near - exact[:, 1:]).std() < error * exact.std()
+    assert not any(isinstance(m, nn.Linear) for m in model.modules())
+
+
+@pytest.mark.parametrize('kernels', [True, False])
+@pytest.mark.parametrize('dtype, quantize, fast, portable', [
+    (torch.bfloat16, '', OneDNNLinear, CastLinear), (torch.float16, '', FBGEMMLinear, CastLinear),
+    (torch.float32, 'int8', Int8Linear, Int8Linear), (torch.float32, '', nn.Linear, nn.Linear)])
+def test_weights_are_stored_for_the_kernels_that_the_machine_has(
+        dtype, quantize, fast, portable, kernels, monkeypatch):
+    if kernels and not (sample.FBGEMM and ONEDNN):
+        pytest.skip('needs FBGEMM, and a CPU on which oneDNN has bfloat16')
+    if not kernels:
+        monkeypatch.setattr(sample, 'FBGEMM', False)
+        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
+    model, stored = small_gpt(), fast if kernels else portable
+    place_for_generation(model, CPU, dtype, quantize, 2)
+    kinds = (nn.Linear, CastLinear, FBGEMMLinear, Int8Linear)
+    found = [type(m) for m in model.modules() if isinstance(m, kinds)]
+    assert found == [stored] * 9 and not model.training
+    others = [p for m in model.modules() if not isinstance(m, kinds)
+              for p in m.parameters(recurse=False)]
+    assert others and all(p.dtype == torch.float32 for p in others)
+
+
+@pytest.mark.parametrize('kind, dtype, quantize, num_samples, bf16, fbgemm, expected', [
+    ('cuda', 'auto', '', 1, True, True, 'auto'), ('cpu', 'float32', '', 1, True, True, 'float32'),
+    ('cpu', 'auto', 'int8', 1, True, True, 'float32'),
+    ('cpu', 'auto', '', 1, True, True, 'float16'), ('cpu', 'auto', '', 1, True, False, 'bfloat16'),
+    ('cpu', 'auto', '', 1, False, False, 'bfloat16'),
+    ('cpu', 'auto', '', 10, True, True, 'bfloat16'),
+    ('cpu', 'auto', '', 10, False, True, 'float16'),
+    ('cpu', 'auto', '', 10, False, False, 'float32')])
+def test_the_dtype_of_weights_is_the_fastest_for_the_machine(
+        kind, dtype, quantize, num_samples, bf16, fbgemm, expected, monkeypatch):
+    monkeypatch.setattr(sample, 'cpu_multiplies_bfloat16', lambda: bf16)
+    monkeypatch.setattr(sample, 'FBGEMM', fbgemm)
+    assert sample.pick_dtype(kind, dtype, quantize, num_samples) == expected

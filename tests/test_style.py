@@ -1,0 +1,70 @@
+"""The budgets of STYLE.md hold: sizes of files, lengths of lines, the direction of imports."""
+import ast
+import pathlib
+
+import pytest
+from conftest import ROOT
+
+FOLDER = pathlib.Path(ROOT)
+LINES = {'train.py': 600, 'model.py': 550, 'sample.py': 280, 'configurator.py': 430,
+         'bench.py': 230}
+FILES = sorted(path.relative_to(FOLDER).as_posix() for pattern in (
+    '*.py', 'data/**/*.py', 'config/*.py', 'config/*.sh', 'tests/**/*.py')
+    for path in FOLDER.glob(pattern))
+
+
+def read(name):
+    return (FOLDER / name).read_text(encoding='utf-8')
+
+
+def count_lines(name):
+    return len(read(name).splitlines())
+
+
+def imports(source):
+    """Return the first parts of the names of all modules that source imports, anywhere in it."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or '')
+    return {name.partition('.')[0] for name in names}
+
+
+def test_the_files_are_found():
+    assert set(LINES) <= set(FILES)
+    for folder in ('data/', 'data/shakespeare/', 'config/', 'tests/'):
+        assert any(name.startswith(folder) for name in FILES), folder
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_file_keeps_its_budget_of_lines(name):
+    limits = {'data': 250, 'config': 40}
+    limit = LINES.get(name) or limits.get(name.partition('/')[0])
+    if limit:
+        assert count_lines(name) <= limit
+
+
+def test_the_five_scripts_keep_their_budget_together():
+    assert sum(map(count_lines, LINES)) <= 2050
+    assert len(read('train.py')) <= 30_000
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_no_line_is_longer_than_100_columns(name):
+    too_long = [f'{name}:{number}' for number, line in enumerate(read(name).splitlines(), 1)
+                if len(line) > 100]
+    assert not too_long
+
+
+@pytest.mark.parametrize('name, forbidden', [
+    ('model.py', {'train', 'sample', 'bench'}), ('sample.py', {'train', 'bench'}),
+    ('configurator.py', {'train', 'sample', 'bench'}), ('train.py', {'sample', 'bench'})])
+def test_imports_go_one_way(name, forbidden):
+    assert not imports(read(name)) & forbidden
+
+
+def test_imports_are_found_in_every_form():
+    source = 'import a.b\nfrom c.d import e\nimport f as g, h\ndef i():\n    from j import k\n'
+    assert imports(source) == {'a', 'c', 'f', 'h', 'j'}
