@@ -31,6 +31,7 @@ import torch.distributed as dist
 from model import product_flops
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
 
 def torchrun(name, default):
     """Return the number that torchrun has put into an environment variable."""

@@ -43,12 +43,12 @@ stop = ''  # end a sample before this text
 seed = 1337  # seed of the samples
 # machine
 device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cuda:1 | ...
-dtype = 'auto'  # of the weights: auto (fastest for this device) | float32 | bfloat16 | float16
+dtype = 'auto'  # of the weights; auto is the fastest for this device
 quantize = ''  # int8: weights of one byte, on a CPU; changes logits by about 1% of their spread
 
 LIMITS = {(1, 1e9): 'num_samples max_new_tokens', (0, 1e9): 'temperature top_k',
           (0, 1): 'top_p', (0, 2**63 - 1): 'seed'}
-CHOICES = {'weights': ('best', 'last'), 'quantize': ('', 'int8')}
+CHOICES = {'weights': ('best', 'last'), 'quantize': ('', 'int8'), 'dtype': configurator.DTYPES}
 
 @torch.inference_mode()
 def main():

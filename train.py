@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
+import configurator
 from configurator import Process, configure, fail, one_line_errors, run_main, setup, torchrun
 from data import checkpoints, runs
 from data.datasets import open_dataset
@@ -105,7 +106,7 @@ def linear(it, end):
 SCHEDULES = {'cosine': cosine, 'linear': linear}
 CHOICES = {'activation': ACTIVATIONS, 'norm': NORMS, 'optimizer': ('adamw', 'muon'),
            'lr_schedule': SCHEDULES, 'parallel': ('ddp', 'fsdp'), 'compile': ('auto', True, False),
-           'dtype': ('auto', 'float32', 'bfloat16', 'float16'), 'backend': ('auto', 'nccl', 'gloo')}
+           'dtype': configurator.DTYPES, 'backend': ('auto', 'nccl', 'gloo')}
 LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s',
           (0, 1e9): 'eval_iters sample_tokens max_iters train_iters warmup_iters min_lr '
                     'lr_decay_iters grad_clip muon_lr skip_batches peak_tflops',

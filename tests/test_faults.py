@@ -10,10 +10,10 @@ A run is stopped after any update and resumed.
     test_resume_in_four_processes_is_bit_identical, test_stopped_anywhere_is_bit_identical
 The same command is started twice.
     Both runs give the same bits.
-    test_the_same_command_twice_gives_the_same_tensors_and_another_seed_others (test_train.py)
+    test_a_seed_decides_every_tensor (test_train.py)
 eval_interval, sample_tokens or log_interval is another one.
     The weights are the same.
-    test_evaluation_and_sampling_change_no_training_loss (test_train.py)
+    test_evaluation_and_sampling_change_no_weights (test_train.py)
 A run is resumed with another batch_size.
     It goes on behind the last sequence that it has read.
     test_another_batch_size_on_resuming_neither_repeats_nor_skips_data
@@ -113,7 +113,9 @@ from model import GPT
 
 OLD = os.path.join(ROOT, 'tests', 'data')  # files that quill wrote at commit 906f3db
 
-FAST = [*TINY, '--eval_iters=1', '--eval_interval=3', '--sample_tokens=0', '--max_iters=12']
+# with peak_tflops, a run does not spend half a second on measuring the CPU
+FAST = [*TINY, '--eval_iters=1', '--eval_interval=3', '--sample_tokens=0', '--max_iters=12',
+        '--peak_tflops=1']
 
 
 @pytest.fixture

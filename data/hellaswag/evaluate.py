@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import configure, fail, one_line_errors, run_main, setup
+from configurator import DTYPES, configure, fail, one_line_errors, run_main, setup
 from data.downloads import DATA_DIR, GPT2_NAMES, DownloadError, download_resumable, gpt2_folder
 from data.tokenizers import GPT2Tokenizer
 from model import GPT
@@ -25,8 +25,9 @@ from model import GPT
 
 init_from = 'gpt2'  # gpt2, gpt2-medium, gpt2-large, gpt2-xl | folder with config.json and weights
 device = 'auto'  # auto (env TORCH_DEVICE, or cuda, mps, cpu in this order) | cpu | cuda[:N] | mps
-dtype = 'auto'  # auto (fastest for this device) | float32 | bfloat16 | float16
-seed = 1337  # seed of torch; the answers do not depend on it
+dtype = 'auto'  # of matrix products; auto is the fastest for this device
+
+CHOICES = {'dtype': DTYPES}
 
 HELLASWAG = {
     'url': 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
@@ -37,7 +38,7 @@ def main():
     if init_from not in GPT2_NAMES and not os.path.isdir(init_from):
         fail(f'init_from={init_from}: init_from is one of {", ".join(GPT2_NAMES)}, '
              'or a folder with config.json and model.safetensors')
-    process = setup(device=device, dtype=dtype, seed=seed)
+    process = setup(device=device, dtype=dtype)
     path = os.path.join(DATA_DIR, 'hellaswag', 'hellaswag_val.jsonl')
     process.once_per_node(lambda: download_questions(path))
     with open(path, encoding='utf-8') as f:
