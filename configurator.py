@@ -125,10 +125,8 @@ def convert(key, value, defaults):
     return value
 
 def read_config(path, config):
-    """Run the config file at `path`; return {name: value} of what it assigns.
-
-    Names with a leading underscore, imports and functions are its own. ValueError names the line.
-    """
+    """Run a config file; return {name: value} of what it assigns. ValueError names the line."""
+    # names with a leading underscore, imports and functions are its own business
     scratch = dict(config, __file__=path)
     try:
         with open(path, encoding='utf-8-sig') as f:

@@ -21,7 +21,7 @@ from data.datasets import read_text
 from data.downloads import gpt2_folder
 from data.files import cannot_write
 from data.runs import read_runs
-from data.tokenizers import encode_prompt, tokenizer_from_dict
+from data.tokenizers import GPT2Tokenizer, encode_prompt, tokenizer_from_dict
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -47,7 +47,7 @@ dtype = 'auto'  # of the weights; auto is the fastest for this device
 quantize = ''  # int8: weights of one byte, on a CPU; changes logits by about 1% of their spread
 
 LIMITS = {(1, 1e9): 'num_samples max_new_tokens', (0, 1e9): 'temperature top_k',
-          (0, 1): 'top_p', (0, 2**63 - 1): 'seed'}
+          (1e-9, 1): 'top_p', (0, 2**63 - 1): 'seed'}
 CHOICES = {'weights': ('best', 'last'), 'quantize': ('', 'int8'), 'dtype': configurator.DTYPES}
 
 @torch.inference_mode()
@@ -72,12 +72,12 @@ def main():
         print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, best val loss {loss:.4f}'
               + f', as {quantize}' * bool(quantize))
     else:
-        tokenizer = tokenizer_from_dict({'kind': 'gpt2'})
         with one_line_errors(f'--init_from={init_from}: '):
             model = GPT.from_pretrained(gpt2_folder(init_from))
-            if model.config.vocab_size < tokenizer.vocab_size:
+            if model.config.vocab_size < GPT2Tokenizer.vocab_size:
                 raise ValueError('this folder has another vocabulary than GPT-2, and holds no '
                                  'tokenizer: use the checkpoint it was exported from')
+        tokenizer = GPT2Tokenizer()
         print(f'weights of {init_from}, {model.num_params(False):,} parameters')
     if export:
         return export_model(model, tokenizer)
@@ -183,7 +183,8 @@ def place_for_generation(model, device, dtype, quantize, num_samples):
     if device.type != 'cpu':
         return model.to(dtype)
     # oneDNN makes GELU of a few rows slower, so use it only for its own products
-    onednn = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     torch.backends.mkldnn.enabled = onednn or dtype == torch.float32 and not quantize
     stored = {torch.bfloat16: OneDNNLinear if onednn else CastLinear,
               torch.float16: FBGEMMLinear if FBGEMM else CastLinear}.get(dtype)
@@ -201,7 +202,9 @@ class CastLinear(nn.Module):
         self.weight, self.bias = linear.weight.to(dtype), linear.bias
 
     def forward(self, x):  # (B, T, in) -> (B, T, out)
-        y = F.linear(x.to(self.weight.dtype), self.weight).float()
+        # float16 cannot hold large inputs
+        dtype = torch.bfloat16 if self.weight.dtype == torch.bfloat16 else torch.float32
+        y = F.linear(x.to(dtype), self.weight.to(dtype)).float()
         return y if self.bias is None else y + self.bias
 
 class FBGEMMLinear(nn.Module):

@@ -32,25 +32,25 @@ from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops
 # files
 out_dir = 'out'  # folder for checkpoints and metrics
 init_from = 'scratch'  # scratch | resume | auto (resume if possible) | gpt2 ... gpt2-xl | DIR
-ckpt = 'ckpt.pt'  # in out_dir, to resume from; its settings apply unless overridden
+ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume from; its settings apply unless given
 # evaluation and logging
-eval_interval = 250  # updates between evaluations, which also sample and save
+eval_interval = 250  # updates between evaluations (each also samples and saves)
 eval_iters = 200  # batches of each split in an evaluation; 0: the whole split
 eval_only = False  # evaluate once, write nothing and exit
 log_interval = 10  # updates between log lines
-always_save_checkpoint = False  # write model.pth at every evaluation, not only the best
+always_save_checkpoint = False  # write model.pth at every evaluation, even if not best
 sample_prompt = 'What is an LLM?'  # continued at every evaluation
 sample_tokens = 256  # length of the continuation; 0 disables it
 wandb_log = False  # also log to Weights & Biases
-wandb_project = 'quill'  # its project
-wandb_run_name = 'gpt'  # its name of the run
+wandb_project = 'quill'  # project there
+wandb_run_name = 'gpt'  # name of the run
 # data
 dataset = 'shakespeare_char'  # folder in data/
-gradient_accumulation_steps = 1  # micro-batches in an update, over all processes
+gradient_accumulation_steps = 1  # micro-batches in an update, of all processes together
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
 input_noise = 0.0  # fraction of input tokens replaced at random (regularizes)
-skip_batches = 0  # updates whose data is skipped, in total; raise it to get past bad data
+skip_batches = 0  # updates whose data is skipped; raise it on resuming to get past bad data
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -61,17 +61,17 @@ activation = 'gelu'  # in the MLP
 norm = 'layernorm'  # normalization layer
 rotary = False  # rotary instead of learned positions
 qk_norm = False  # normalize queries and keys
-token_shift = False  # half of a layer's input comes from the previous position
+token_shift = False  # half of the channels come from the previous position
 tie_weights = True  # the output matrix is the token embedding
 zero_init = False  # initialize every block as the identity
 softcap = 0.0  # smooth bound of the logits; 0 disables it
 # optimizer
-optimizer = 'adamw'  # muon: for the blocks' matrices, with AdamW for the rest
+optimizer = 'adamw'  # muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # peak learning rate of AdamW
 muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # momentum of Muon
 max_iters = 5000  # number of updates
-train_iters = 0  # updates after which this process stops; 0 disables it
+train_iters = 0  # stop after this many updates, to be resumed; 0 disables it
 weight_decay = 0.1  # of matrices
 beta1 = 0.9  # decay of AdamW's mean of gradients
 beta2 = 0.95  # decay of AdamW's mean of squared gradients
@@ -85,11 +85,11 @@ decay_frac = 0.4  # fraction of the run in which the linear schedule decays
 min_lr = 1e-4  # final learning rate of AdamW; Muon's falls in proportion
 # machine
 seed = 1337  # of weights, batches, dropout and samples
-deterministic = False  # same bits in every run on a GPU, too (slower)
+deterministic = False  # the same bits in every run, also on a GPU (slower)
 timeout_s = 1800  # abort if another process is silent for this many seconds
 device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cuda:1 | ...
 dtype = 'auto'  # of matrix products; auto is the fastest for this device
-compile = 'auto'  # use torch.compile; auto: on a GPU, if the run is long enough to gain
+compile = 'auto'  # use torch.compile; auto: only for long runs on a GPU
 backend = 'auto'  # of torch.distributed
 parallel = 'ddp'  # every process holds the whole model (ddp) or a shard of it (fsdp)
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, more time
@@ -112,7 +112,7 @@ LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batc
                     'lr_decay_iters grad_clip muon_lr skip_batches peak_tflops',
           (0, 1): 'muon_momentum input_noise decay_frac', (0, 2**63 - 1): 'seed'}
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
-_defaults, _given = {}, set()  # configure: all settings; those that arguments assign
+_defaults, _given = {}, set()  # filled by configure: all settings, and the given ones
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
 LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
@@ -122,16 +122,18 @@ LEGEND = """legend of the log lines:
   mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
   norm     gradient norm before clipping       eta          time left, h:mm:ss"""
 
+LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
+
 # -----------------------------------------------------------------------------
-# the whole story
+# training
 
 @dataclass
 class Progress:
-    """What changes during a run besides the weights; ckpt.pt holds these fields."""
+    """The counters of a run, which ckpt.pt holds."""
     iter_num: int = 0  # updates done
     position: int = 0  # training sequences used or skipped
     best_val_loss: float = math.inf
-    train_seconds: float = 0.0  # in updates, not in evaluation, sampling and saving
+    train_seconds: float = 0.0  # time spent in updates only
 
 def main(argv=None):
     """Train as argv says (by default the command line)."""
@@ -186,7 +188,7 @@ def main(argv=None):
     while True:
         it = progress.iter_num
 
-        # once in a while: evaluate, sample, and save the weights if they are the best so far
+        # once in a while: evaluate, sample, and save the best weights
         due = (it % eval_interval == 0 or it == last_iter) and it != resumed_at
         if due:
             t1 = time.perf_counter()
@@ -228,7 +230,7 @@ def main(argv=None):
         logged = it == 0 or (it + 1) % log_interval == 0
         batches = training_batches(learner, train_data, progress)
         row = update(learner, batches, lr_factor(it), signals, timed=logged)
-        stop, bad = row['stop'], row['bad']
+        stop, bad = row.pop('stop'), row.pop('bad')
         overflows = overflows + 1 if bad else 0
         if bad == 'loss' or bad and not learner.scaler.is_enabled():
             checkpoints.give_up(f'the {bad} is not finite at iteration {it}', out_dir)
@@ -247,13 +249,12 @@ def main(argv=None):
             seconds = progress.train_seconds - last_log.train_seconds
             dt = seconds / (progress.iter_num - last_log.iter_num)
             last_log = replace(progress)
-            eta = (last_iter - progress.iter_num) * dt
-            row = log_row(row, dt, learner, peak)
-            words = [f'{k}=n/a' if v is None else f'{k}={v:.6g}' for k, v in row.items()]
-            words.append(f'eta={timedelta(seconds=int(eta))}')
+            row |= speeds(dt, learner, peak) | {'eta': (last_iter - progress.iter_num) * dt}
+            words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED]
+            words.append(f'eta={timedelta(seconds=int(row["eta"]))}')
             process.print(f'step={progress.iter_num} {" ".join(words)}')
             if metrics:
-                metrics.write(step=progress.iter_num, **row, eta=eta)
+                metrics.write(step=progress.iter_num, **row)
 
     process.close()
     if stop or it < max_iters:
@@ -276,16 +277,16 @@ def read_settings(argv):
 
     def paths():
         return [os.path.join(out_dir, name) for name in (ckpt, 'ckpt_prev.pt')]
-    # whether settings fit together is known only with those of the checkpoint
+    # on resuming, settings can be checked together only after the checkpoint's are known
     configure(globals(), argv, check=lambda: [] if resuming() else check_settings())
     checkpoint = out_lock = None
     if resuming():
         path = paths()[0]
         if os.path.exists(path) and not eval_only and torchrun('RANK', 0) == 0:
-            out_lock = runs.claim(out_dir)  # before another run replaces the checkpoint
+            out_lock = runs.claim(out_dir)  # from now on, no other run replaces the checkpoint
         checkpoint = checkpoints.load_checkpoint(path)
         if 'optimizer' not in checkpoint:
-            fail(f'{path} holds weights to sample from: resume from ckpt.pt or ckpt_prev.pt')
+            fail(f'{path} holds only weights: resume from ckpt.pt or ckpt_prev.pt')
         saved = {k: v for k, v in checkpoint['config'].items() if k not in NOT_RESUMED}
         configure(globals(), argv, saved, check=check_settings)
     elif skip_batches or ckpt != 'ckpt.pt':
@@ -295,7 +296,7 @@ def read_settings(argv):
     return checkpoint, out_lock
 
 def check_settings():
-    """Return what is wrong with the settings, besides LIMITS and CHOICES."""
+    """Return the problems that LIMITS and CHOICES do not find."""
     problems = []
     try:
         model_shape(vocab_size=1)
@@ -316,13 +317,13 @@ def model_shape(vocab_size):
                      **{name: globals()[name] for name in names})
 
 def check_resume(checkpoint, data_id, tokenizer, process):
-    """Fail if data or settings contradict the checkpoint, or if ranks see other ones."""
+    """Fail if data or settings contradict the checkpoint, or if ranks disagree."""
     problems = []
     if checkpoint:
         problems = checkpoints.contradictions(checkpoint, data_id, tokenizer, settings())
     steps = process.gather(checkpoint['iter_num'] if checkpoint else 0)
     if len(set(steps)) > 1:
-        problems.append(f'ranks find steps {steps} in {out_dir}: is it on a disk that all see?')
+        problems.append(f'ranks resume at steps {steps}: do all see the same {out_dir}?')
     if problems:
         fail(*problems)
 
@@ -338,7 +339,7 @@ def make_model(checkpoint, vocab_size, process):
         shape = model.config
     else:
         with one_line_errors(f'--init_from={init_from}: '):
-            folder = gpt2_folder(init_from, ['config.json'], process)  # the gigabytes come later
+            folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
             shape = GPTConfig.from_pretrained(folder, block_size, dropout)
     problems = [f'{k}={globals()[k]} but the model of init_from={init_from} has {k}={v}'
                 for k, v in asdict(shape).items() if k in _given and globals()[k] != v]
@@ -354,16 +355,16 @@ def make_model(checkpoint, vocab_size, process):
 
 @dataclass
 class Learner:
-    """All that an update works on; bench.py times the same one."""
+    """All that an update works on."""
     model: GPT
     forward: object  # the model, or its compiled form
     optimizers: list
     params: list
     scaler: torch.amp.GradScaler  # for float16, otherwise it does nothing
     process: Process
-    micro_batches: range  # of an update, those of this rank
-    rows: range  # of each micro-batch, those of this rank
-    sums: torch.Tensor = None  # of several processes: all gradients, loss and stop
+    micro_batches: range  # this rank's micro-batches of an update
+    rows: range  # this rank's sequences of a micro-batch
+    sums: torch.Tensor = None  # ddp with several ranks: all gradients, loss and stop
 
 def make_learner(model, process):
     """Move the model to the device, or shard it over all processes; make its optimizers."""
@@ -382,8 +383,8 @@ def make_learner(model, process):
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     learner = Learner(model, model, optimizers, params, scaler, process, micro_batches, rows)
     if process.world_size > 1 and parallel == 'ddp':
-        # one sum, always in the same order; DistributedDataParallel changes its buckets after the
-        # first update of a process, so a resumed run would get other bits
+        # one sum in a fixed order. DistributedDataParallel changes its buckets after the first
+        # update of a process, so a resumed run would get other bits
         sizes = [*(p.numel() for p in params), 2]
         learner.sums = torch.zeros(sum(sizes), device=process.device)
         for p, grad in zip(params, learner.sums.split(sizes)):
@@ -431,7 +432,7 @@ def resume(learner, checkpoint):
     return progress
 
 def compile_forward(learner):
-    """Compile the forward pass, if the settings say so, with a batch of zeros."""
+    """Compile the forward pass, if asked to, by running it on a batch of zeros."""
     process, model = learner.process, learner.model
     if not process.compile:
         return
@@ -440,10 +441,10 @@ def compile_forward(learner):
     if parallel == 'fsdp':  # what fsdp does between blocks cannot be compiled
         for block in model.transformer.h:
             block.compile_for_training()
-    else:  # if logits were returned, they would need memory, and a gradient of zeros
+    else:  # without logits, which would need memory and a gradient of zeros
         learner.forward = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(len(learner.rows), block_size, dtype=torch.int64, device=process.device)
-    with process.autocast():  # clone: the same tensor twice would be compiled differently
+    with process.autocast():  # clone: one tensor passed twice would be compiled differently
         learner.forward(idx, idx.clone())[1].backward()
     model.zero_grad(set_to_none=learner.sums is None)
     process.print(f'compiled in {process.clock() - t0:.1f} s')
@@ -466,8 +467,8 @@ def update(learner, batches, factor, signals=(), timed=True):
     batches: this rank's micro-batches, each read while a GPU computes the previous one.
     factor: fraction of the peak learning rates. signals: not empty if this rank wants to stop.
     timed: synchronize between forward and backward so that their times are accurate.
-    The dict also has stop (whether any rank wants to) and bad, the name of a number that is not
-    finite; then the weights have not changed.
+    The dict also has `stop`, whether any rank wants to stop, and `bad`: what is not finite, or ''.
+    If something is bad, the weights have not changed.
     """
     process, scaler, params = learner.process, learner.scaler, learner.params
     count, sharded = len(learner.micro_batches), checkpoints.is_sharded(params[0])
@@ -492,7 +493,7 @@ def update(learner, batches, factor, signals=(), timed=True):
         dtf += t1 - t0
         dtb += process.clock(timed) - t1
 
-    # sum over all ranks; a signal is read this late so that it ends the run after this update
+    # sum over all ranks; signals are read late, so the run stops right after this update
     sums[1] = bool(signals)
     if sharded:
         sums = process.all_reduce(sums) / process.world_size
@@ -502,7 +503,7 @@ def update(learner, batches, factor, signals=(), timed=True):
         scaler.unscale_(opt)
     norm = nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if sharded else norm
-    # the only host sync of an update: it comes before the optimizers' kernels are queued
+    # the only host sync of an untimed update, before the optimizers' kernels are queued
     loss, stop, norm_value = torch.stack([*sums, norm]).tolist()
     bad = '' if math.isfinite(norm_value) else 'gradient norm'
     bad = bad if math.isfinite(loss) else 'loss'
@@ -522,7 +523,7 @@ def update(learner, batches, factor, signals=(), timed=True):
             'stop': stop > 0, 'bad': bad}
 
 def lr_factor(it):
-    """Return the learning rates after `it` updates, as a fraction of their peaks."""
+    """Return the learning rates of update `it` (from 0), as a fraction of their peaks."""
     if not decay_lr:
         return 1.0
     if it < warmup_iters:
@@ -531,7 +532,7 @@ def lr_factor(it):
     return lowest + (1 - lowest) * SCHEDULES[lr_schedule](it, lr_decay_iters or max_iters)
 
 def fraction_done(it, start, end):
-    """Return the fraction of the way from update start to end that is done."""
+    """Return how far `it` is on its way from start (0) to end (1)."""
     return min(1.0, max(0.0, (it - start) / max(1, end - start)))
 
 # -----------------------------------------------------------------------------
@@ -562,17 +563,16 @@ def print_losses(learner, splits, meta):
         learner.process.print(f'{split}_loss={loss:.4f} perplexity={perplexity:.3f} '
                               f'bits_per_byte={bits:.4f}')
 
-def log_row(row, dt, learner, peak):
-    """Return what is logged of an update that took dt seconds, as LEGEND explains it."""
+def speeds(dt, learner, peak):
+    """Return the speeds of an update that takes dt seconds, as LEGEND explains them."""
     sps, world_size = gradient_accumulation_steps * batch_size / dt, learner.process.world_size
     tps = sps * block_size
     mfu = peak and 100 * learner.model.flops_per_token() * tps / world_size / peak
-    return {'loss': row['loss'], 'dt': dt, 'dtf': row['dtf'], 'dtb': row['dtb'], 'sps': sps,
-            'sps_per_gpu': sps / world_size, 'tps': tps, 'tps_per_gpu': tps / world_size,
-            'mfu': mfu, 'lr': row['lr'], 'norm': row['norm']}
+    return {'dt': dt, 'sps': sps, 'sps_per_gpu': sps / world_size, 'tps': tps,
+            'tps_per_gpu': tps / world_size, 'mfu': mfu}
 
 def save(name, learner, tokenizer, **more):
-    """Write the weights, and what explains them, to out_dir/name. All ranks call this together."""
+    """Write weights, settings and tokenizer to out_dir/name. All ranks call this together."""
     checkpoints.write_checkpoint(os.path.join(out_dir, name), learner.process, {
         'format': checkpoints.VERSION, 'model': dict(learner.model.state_dict()),
         'model_args': asdict(learner.model.config), 'config': settings(),

@@ -221,7 +221,10 @@ def write_checkpoint(path, process, checkpoint):
 
 
 def unchanged(out_dir):
-    return f'the last checkpoint in {out_dir} is as it was'
+    """Return, as the end of an error line, whether out_dir holds a checkpoint to go on from."""
+    if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        return f'the last checkpoint in {out_dir} is as it was'
+    return f'{out_dir} holds no checkpoint yet'
 
 
 def give_up(problem, out_dir):

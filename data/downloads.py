@@ -80,6 +80,9 @@ def gpt2_folder(name, files=GPT2_FILES, process=None):
     process: makes one rank of each node download while the other ranks wait.
     """
     if name not in GPT2_NAMES:
+        if not os.path.isdir(name):
+            fail(f'init_from={name}: init_from is one of resume, {", ".join(GPT2_NAMES)}, '
+                 'or a folder with config.json and model.safetensors')
         return name
     if process:
         process.once_per_node(lambda: gpt2_folder(name, files))

@@ -8,6 +8,7 @@ import shutil
 
 from configurator import fail, first_line
 
+NOTED = set()  # folders for which a note was printed
 
 def cannot_write(path, e, more='', name=''):
     """Fail with exit code 1 because writing `path` raised e; report the free disk space too.
@@ -52,13 +53,26 @@ def replace_file(path, keep=None):
                 shutil.copyfile(path, f'{keep}.tmp')
             os.replace(f'{keep}.tmp', keep)
         os.replace(temporary, path)
-        if os.name == 'posix':  # make the new name survive a power cut
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(os.path.dirname(path) or '.')
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def sync_folder(path):
+    """Make the names in a folder survive a power cut, if its file system can do that."""
+    if os.name != 'posix':
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as e:  # some network disks and shared folders
+        if path not in NOTED:
+            print(f'note: {path} cannot be synced ({e.strerror}): after a power cut its newest '
+                  'files may be missing', flush=True)
+        NOTED.add(path)
+    finally:
+        os.close(folder)
 
 
 def write_atomic(path, chunks):

@@ -24,6 +24,8 @@ def claim(out_dir):
     The lock ends with the process, however it ends.
     """
     path = os.path.join(out_dir, 'run.lock')
+    if os.path.isfile(out_dir):
+        fail(f'--out_dir={out_dir} is a file: give the name of a folder')
     try:
         os.makedirs(out_dir, exist_ok=True)
         f = open(path, 'a+')
@@ -132,6 +134,7 @@ class Metrics:
         # JSON has no inf and nan
         row = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
         try:
+            os.makedirs(self.out_dir, exist_ok=True)  # somebody may have deleted it
             with open(self.path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(row) + '\n')
         except OSError as e:

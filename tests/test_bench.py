@@ -37,7 +37,9 @@ def test_the_last_line_is_json_with_consistent_figures(project, tmp_path, nproc)
     assert result['world_size'] == processes and result['steps'] == 4
     assert result['tps'] * result['dt'] == pytest.approx(4 * 32)
     assert result['dt_min'] <= result['dt'] <= result['dt_max']
-    assert 0 < result['dtf'] < result['dt'] and 0 < result['dtb'] < result['dt']
+    # the parts of an update are timed in updates of their own, which other work may slow down
+    assert 0 < result['dtf_min'] and 0 < result['dtb_min']
+    assert result['dtf_min'] + result['dtb_min'] < result['dt_max']
     assert result['peak_tflops'] == pytest.approx(0.001 * processes)
     # PaLM's formula: 6 N + 12 L C T FLOPs per token
     flops = (6 * result['params'] + 12 * 2 * 32 * 32) * result['tps']
@@ -52,6 +54,7 @@ def test_the_last_line_is_json_with_consistent_figures(project, tmp_path, nproc)
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_plain_way_runs_and_is_compared(project, tmp_path):
     out, _ = script(project, 'bench.py', *TINY, '--dtype=auto', '--compare=1', '--bench_steps=2',
                     '--bench_tokens=4', cwd=tmp_path)

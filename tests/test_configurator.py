@@ -1,15 +1,22 @@
+"""configurator.py: settings, what the machine offers, and how a script ends."""
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-
-import configurator
-from configurator import Run, configure, setup
+import torch.distributed as dist
 from conftest import ROOT, script
+
+import bench
+import configurator
+import data.hellaswag.evaluate as evaluate
+import sample
+import train
+from configurator import Process, configure, pick_device, run_main, setup, worth_compiling
 
 SCRIPT = '''
 # first group
@@ -24,18 +31,36 @@ mode = 'auto'  # auto | True | False
 
 @pytest.fixture
 def namespace(tmp_path):
+    """The globals of a script with five settings."""
     path = tmp_path / 'script.py'
     path.write_text('"""A script."""' + SCRIPT)
-    namespace = {'__file__': str(path)}
+    namespace = {'__file__': str(path), '__doc__': 'A script.'}
     exec(SCRIPT, namespace)
     return namespace
 
 
+def fails(capsys, function, *args, code=2, **kwargs):
+    """Return the lines on stderr of a call that exits with this code; all are error lines."""
+    with pytest.raises(SystemExit) as e:
+        function(*args, **kwargs)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == code and lines
+    assert all(line.startswith('error: ') for line in lines), lines
+    return lines
+
+
+# -----------------------------------------------------------------------------
+# settings
+
 @pytest.mark.parametrize('argument, key, value', [
-    ('--width=8', 'width', 8), ('--width=1e3', 'width', 1000), ('--width=9007199254740993', 'width', 9007199254740993),
-    ('--rate=1', 'rate', 1.0), ('--rate=1e-3', 'rate', 1e-3), ('--flag=true', 'flag', True), ('--flag=False', 'flag', False),
-    ('--name=a=b', 'name', 'a=b'), ('--name=5', 'name', '5'), ('--name=None', 'name', 'None'), ('--name=', 'name', ''),
-    ('--name=True', 'name', 'True'), ('--mode=False', 'mode', False), ('--mode=fast', 'mode', 'fast')])
+    ('--width=8', 'width', 8), ('--width=1e3', 'width', 1000),
+    ('--width=9007199254740993', 'width', 9007199254740993),
+    ('--rate=1', 'rate', 1.0), ('--rate=1e-3', 'rate', 1e-3),
+    ('--flag=true', 'flag', True), ('--flag=False', 'flag', False),
+    ('--name=a=b', 'name', 'a=b'), ('--name=5', 'name', '5'), ('--name=None', 'name', 'None'),
+    ('--name=', 'name', ''), ('--name=True', 'name', 'True'), ('--name=true', 'name', 'true'),
+    ('--mode=False', 'mode', False), ('--mode=true', 'mode', True),
+    ('--mode=fast', 'mode', 'fast')])
 def test_values_take_the_type_of_the_default(namespace, argument, key, value):
     config = configure(namespace, [argument])
     assert config[key] == value and type(config[key]) is type(value)
@@ -43,116 +68,218 @@ def test_values_take_the_type_of_the_default(namespace, argument, key, value):
 
 
 @pytest.mark.parametrize('argument, words', [
-    ('--width=1.5', 'width is an integer'), ('--width=True', 'width is an integer'), ('--rate=fast', 'rate is a number'),
-    ('--flag=1', 'flag is True or False'), ('--widht=3', "did you mean 'width'"), ('--width', '--key=value'),
-    ('-width=3', '--key=value'), ('nowhere.py', "no config file 'nowhere.py'"), ('--width=inf', 'width is an integer'), ('--width=1e30', 'width is an integer'),
-    ('--width=' + '1' * 400, 'width is an integer')])
+    ('--width=1.5', 'width is an integer'), ('--width=True', 'width is an integer'),
+    ('--width=inf', 'width is an integer'), ('--width=1e30', 'width is an integer'),
+    ('--width=' + '1' * 400, 'width is an integer'), ('--width=', 'width is an integer'),
+    ('--rate=fast', 'rate is a number'), ('--flag=1', 'flag is True or False'),
+    ('--widht=3', "did you mean 'width'"), ('--width', '--key=value'),
+    ('-width=3', '--key=value'), ('nowhere.py', "'nowhere.py'")])
 def test_a_mistake_ends_with_exit_code_2_and_one_line(namespace, capsys, argument, words):
-    with pytest.raises(SystemExit) as e:
-        configure(namespace, [argument])
-    assert e.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith('error: ') and words in lines[0]
-    assert namespace['width'] == 4  # and changes nothing
+    line, = fails(capsys, configure, namespace, [argument])
+    assert words in line
+    assert namespace['width'] == 4
 
 
 def test_all_problems_are_reported_together(namespace, capsys, tmp_path):
     (tmp_path / 'c.py').write_text('widht = 5\nrate = "x"\n')
-    with pytest.raises(SystemExit):
-        configure(namespace, [str(tmp_path / 'c.py'), '--flag=2', '--nmae=z'])
-    err = capsys.readouterr().err
-    assert err.count('error: ') == 4 and all(w in err for w in ('widht', 'rate', 'flag', 'nmae'))
+    arguments = [str(tmp_path / 'c.py'), '--flag=2', '--nmae=z', '--width=0']
+    namespace['LIMITS'] = {(1, 9): 'width'}
+    lines = fails(capsys, configure, namespace, arguments, check=lambda: ['one more'])
+    assert len(lines) == 6
+    for words in ('widht', 'rate', 'flag', 'nmae', 'width=0', 'one more'):
+        assert any(words in line for line in lines), words
 
 
 def test_later_arguments_win_and_files_read_earlier_values(namespace, tmp_path):
-    (tmp_path / 'c.py').write_text('import math\nfrom os import path, environ\nfrom math import pi\n_half = width / 2\ndef f(): pass\n'
-                                   'width = int(_half)\nrate = 3\n')
-    config = configure(namespace, ['--width=20', str(tmp_path / 'c.py'), '--rate=0.5'])
-    assert config['width'] == 10 and config['rate'] == 0.5 and namespace['_given'] == {'width', 'rate'}
-    # a value that was the default's is given as well, in a file as Windows' editor writes it
-    (tmp_path / 'c.py').write_text('\ufeffwidth = 4\nname = "x"\nflag = False\n', encoding='utf-8')
-    assert configure(namespace, [str(tmp_path / 'c.py')])['width'] == 4 and namespace['_given'] == {'width', 'name', 'flag'}
+    path = tmp_path / 'c.py'
+    path.write_text('import math\nfrom os import path, environ\nfrom math import pi\n'
+                    '_half = width / 2\ndef f(): pass\nwidth = int(_half)\nrate = 3\n')
+    config = configure(namespace, ['--width=20', str(path), '--rate=0.5'])
+    assert config['width'] == 10 and config['rate'] == 0.5
+    assert namespace['_given'] == {'width', 'rate'}
+    # a value that equals the default is given, too; Windows' editor begins files with a BOM
+    path.write_text('\ufeffwidth = 4\nname = "x"\nflag = False\n', encoding='utf-8')
+    assert configure(namespace, [str(path)])['width'] == 4
+    assert namespace['_given'] == {'width', 'name', 'flag'}
     # a second call starts from the defaults; saved settings come before arguments
-    assert configure(namespace, ['--rate=2'], saved={'width': 7, 'rate': 9.0, 'gone': 1}) == \
-        {'width': 7, 'rate': 2.0, 'name': 'x', 'flag': False, 'mode': 'auto'}
+    config = configure(namespace, ['--rate=2'], saved={'width': 7, 'rate': 9.0, 'gone': 1})
+    assert config == {'width': 7, 'rate': 2.0, 'name': 'x', 'flag': False, 'mode': 'auto'}
+    assert namespace['width'] == 7 and namespace['_given'] == {'rate'}
+
+
+def test_a_config_file_lies_where_the_user_stands_or_beside_the_scripts(namespace, tmp_path,
+                                                                        monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'c.py').write_text('width = 5\n')
+    assert configure(namespace, ['c.py'])['width'] == 5
+    config = configure(vars(train), ['config/train_shakespeare_char_cpu.py'])
+    assert config['out_dir'] == 'out-shakespeare-char-cpu'
+    configure(vars(train), [])
 
 
 def test_an_error_in_a_config_file_names_file_and_line(namespace, capsys, tmp_path):
-    for source, line, words in (('width = 3\nrate = 1/0\n', 2, 'ZeroDivisionError'), ('\n\nwidth = (\n', 3, 'SyntaxError')):
-        (tmp_path / 'bad.py').write_text(source)
-        with pytest.raises(SystemExit) as e:
-            configure(namespace, [str(tmp_path / 'bad.py')])
-        err = capsys.readouterr().err
-        assert e.value.code == 2 and f'line {line}' in err and words in err and 'Traceback' not in err
-    for source, words in ((b'# caf\xe9', 'UnicodeDecodeError'), (b'width = 3\0', 'null bytes'), (b'raise SystemExit', ', line 1: SystemExit'),
-                          (b'rate = 10**400', 'rate is a number')):
-        (tmp_path / 'bad.py').write_bytes(source)
-        with pytest.raises(SystemExit) as e:
-            configure(namespace, [str(tmp_path / 'bad.py')])
-        err = capsys.readouterr().err
-        assert e.value.code == 2 and len(err.splitlines()) == 1 and words in err and 'line None' not in err
+    path = tmp_path / 'bad.py'
+    for source, words in (
+            (b'width = 3\nrate = 1/0\n', 'bad.py, line 2: ZeroDivisionError'),
+            (b'\n\nwidth = (\n', 'bad.py, line 3: SyntaxError'),
+            (b'raise SystemExit', 'bad.py, line 1: SystemExit'),
+            (b'# caf\xe9', 'UnicodeDecodeError'), (b'width = 3\0', 'null bytes'),
+            (b'rate = 10**400', 'rate is a number')):
+        path.write_bytes(source)
+        line, = fails(capsys, configure, namespace, [str(path)])
+        assert words in line and 'bad.py' in line and 'line None' not in line
+
+
+@pytest.mark.parametrize('argument, allowed', [
+    ('--width=1', True), ('--width=9', True), ('--width=0', False), ('--width=10', False),
+    ('--rate=0', True), ('--rate=-1e-9', False), ('--rate=1e999', False),
+    ('--name=x', True), ('--name=y', True), ('--name=z', False)])
+def test_limits_and_choices_are_enforced(namespace, capsys, argument, allowed):
+    namespace |= {'LIMITS': {(1, 9): 'width', (0, 1e9): 'rate'}, 'CHOICES': {'name': ('x', 'y')}}
+    if allowed:
+        configure(namespace, [argument])
+    else:
+        line, = fails(capsys, configure, namespace, [argument])
+        assert f'{argument[2:].split("=")[0]} is ' in line
+    # saved settings are checked like arguments
+    line, = fails(capsys, configure, namespace, [], saved={'name': 'z'})
+    assert 'name is one of x, y' in line
+
+
+def test_the_settings_of_another_script_belong_to_a_script_with_a_base(namespace, tmp_path,
+                                                                       capsys):
+    base = {'__file__': str(tmp_path / 'base.py'), 'depth': 2, 'LIMITS': {(1, 9): 'depth'}}
+    (tmp_path / 'base.py').write_text('depth = 2  # how deep\n')
+    config = configure(namespace, ['--depth=3', '--width=5'], base=base)
+    assert config['depth'] == 3 and config['width'] == 5
+    assert base['depth'] == 3 and namespace['width'] == 5
+    assert 'width' not in base and 'depth' not in namespace
+    configure(namespace, [], base=base)
+    assert base['depth'] == 2 and namespace['width'] == 4
+    line, = fails(capsys, configure, namespace, ['--depth=0'], base=base)
+    assert 'depth is between 1' in line
+    with pytest.raises(SystemExit):
+        configure(namespace, ['--help'], base=base)
+    assert 'how deep' in capsys.readouterr().out
 
 
 def test_help_lists_every_key_with_default_comment_and_heading(namespace, capsys):
+    namespace['CHOICES'] = {'name': ('x', 'other')}
     with pytest.raises(SystemExit) as e:
-        configure(namespace, ['--help'])
+        configure(namespace, ['--width=5', '--help'])
     out = capsys.readouterr().out
     assert e.value.code == 0 and 'A script.' in out
-    for words in ('# first group', '# second group', '--width=4', 'how wide', '--mode=auto', 'whether'):
+    for words in ('# first group', '# second group', '--width=4', 'how wide', '--mode=auto',
+                  'whether', 'x | other'):
         assert words in out
-    assert out.index('# first group') < out.index('--rate') < out.index('# second group') < out.index('--name')
+    assert out.index('# first group') < out.index('--rate')
+    assert out.index('--rate') < out.index('# second group') < out.index('--name')
 
 
-def test_help_of_every_script_explains_every_key(project):
-    import train
-    for name, keys in (('train.py', configure(vars(train), [])),
-                       ('sample.py', ['start', 'top_p']), ('bench.py', ['bench_steps', 'n_layer'])):
-        out, err = script(project, name, '--help')
-        assert not err
-        for key in keys:
-            assert f'--{key}=' in out, key
+@pytest.mark.parametrize('name, module, base', [
+    ('train.py', train, None), ('bench.py', bench, train), ('sample.py', sample, None),
+    ('data/hellaswag/evaluate.py', evaluate, None)])
+def test_help_of_every_script_explains_every_key(project, name, module, base):
+    keys = configure(vars(module), [], base=base and vars(base))
+    out, err = script(project, name, '--help')
+    assert not err and name in out and len(keys) >= 3
+    assert not base or set(keys) > set(configure(vars(base), []))
+    for key in keys:
+        assert re.search(rf'^  --{key}=.* \S', out, re.M), key
 
 
 def test_importing_a_script_reads_no_arguments_and_prints_nothing(project):
-    out, err = script(project, '../' + os.path.basename(project) + '/configurator.py')
-    code = "import sys; sys.argv = ['x', '--bogus=1']; import train, sample, bench, model"
-    done = subprocess.run([sys.executable, '-c', code], cwd=project, capture_output=True, text=True)
+    assert script(project, 'configurator.py') == ('', '')
+    code = "import sys; sys.argv = ['x', '--bogus=1']\n" \
+           'import train, sample, bench, model, data.hellaswag.evaluate'
+    done = subprocess.run([sys.executable, '-c', code], cwd=project, capture_output=True,
+                          text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
+
+def test_every_config_file_loads():
+    names = [name for name in sorted(os.listdir(os.path.join(ROOT, 'config')))
+             if name.endswith('.py')]
+    assert 'train_shakespeare_char.py' in names and 'train_gpt2.py' in names
+    for name in names:
+        path = os.path.join(ROOT, 'config', name)
+        configure(vars(train), [path], check=train.check_settings)
+        with open(path, encoding='utf-8') as f:
+            lines = f.read().splitlines()
+        assert len(lines) <= 40, name
+        assert any(f'config/{name}' in line for line in lines[:4]), name
+    configure(vars(train), [])
+
+
+@pytest.mark.parametrize('module, argument, words', [
+    (train, '--dtype=int8', 'dtype is one of auto, float32, bfloat16, float16'),
+    (sample, '--dtype=int8', 'dtype is one of'), (evaluate, '--dtype=int8', 'dtype is one of'),
+    (train, '--compile=yes', 'compile is one of'), (train, '--backend=mpi', 'backend is one of')])
+def test_what_no_machine_can_do_is_refused(capsys, module, argument, words):
+    try:
+        line, = fails(capsys, configure, vars(module), [argument])
+        assert words in line
+    finally:
+        configure(vars(module), [])
+
+
+# -----------------------------------------------------------------------------
+# what the machine offers
 
 def test_device_precedence(monkeypatch):
     monkeypatch.delenv('TORCH_DEVICE', raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    assert configurator.pick_device('auto') == 'mps'
+    assert pick_device('auto') == torch.device('mps')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    assert configurator.pick_device('auto') == 'cuda'
+    assert pick_device('auto') == torch.device('cuda:0')
+    assert pick_device('auto', local_rank=1) == torch.device('cuda:1')
+    assert pick_device('cuda:1') == torch.device('cuda:1')
     monkeypatch.setenv('TORCH_DEVICE', 'mps')
-    assert configurator.pick_device('auto') == 'mps'
-    assert configurator.pick_device('cpu') == 'cpu'
+    assert pick_device('auto') == torch.device('mps')
+    assert pick_device('cpu') == torch.device('cpu')
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(device='tpu'), 'device is one of'), (dict(device='cuda'), '--device=cpu'), (dict(dtype='int8'), 'dtype is one of'),
-    (dict(compile='yes'), 'compile is one of')])
+    (dict(device='tpu'), 'device is one of'), (dict(device='cuda:x'), 'device is one of'),
+    (dict(device=''), 'device is one of'), (dict(device='cuda'), '--device=cpu'),
+    (dict(device='mps'), '--device=cpu'),
+    (dict(device='cpu', backend='nccl'), '--backend=gloo')])
 def test_setup_refuses_what_it_cannot_do(monkeypatch, capsys, settings, words):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SystemExit) as e:
-        setup(**settings)
-    assert e.value.code == 2 and words in capsys.readouterr().err
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    line, = fails(capsys, setup, **settings)
+    assert words in line
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for device, local_rank in (('cuda:2', 0), ('cuda', 2), ('auto', 2)):
+        line, = fails(capsys, pick_device, device, local_rank)
+        assert 'has 2 CUDA device' in line
+    monkeypatch.setenv('WORLD_SIZE', '2')  # every process needs a GPU of its own
+    line, = fails(capsys, pick_device, 'cuda:1')
+    assert 'cuda:1 is for one process' in line
 
 
 @pytest.mark.parametrize('amx, bf16, ratio, expected', [
-    (False, False, 0.5, 'float32'), (True, False, 2, 'bfloat16'), (False, True, 0.5, 'bfloat16'), (False, True, 2, 'float32')])
-def test_dtype_auto_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, capsys, amx, bf16, ratio, expected):
+    (False, False, 0.5, 'float32'), (True, False, 2, 'bfloat16'),
+    (False, True, 0.5, 'bfloat16'), (False, True, 2, 'float32')])
+def test_dtype_auto_is_bfloat16_if_the_cpu_is_fast_at_it(monkeypatch, capsys, amx, bf16, ratio,
+                                                         expected):
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
-    monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: {torch.float32: 1, torch.bfloat16: 1 / ratio}[dtype])
-    monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16', configurator.cpu_multiplies_bfloat16.__wrapped__)
-    run = setup(device='cpu')
-    assert run.dtype == getattr(torch, expected) and f'dtype={expected}' in capsys.readouterr().out
-    with run.autocast():  # and it is what is computed in
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == run.dtype
+    flops = {torch.float32: 1, torch.bfloat16: 1 / ratio}
+    monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: flops[dtype])
+    monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16',
+                        configurator.cpu_multiplies_bfloat16.__wrapped__)
+    process = setup(device='cpu')
+    assert process.dtype == getattr(torch, expected)
+    assert f'dtype={expected}' in capsys.readouterr().out
+    with process.autocast():  # products run in this dtype
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == process.dtype
 
 
 def test_all_ranks_compute_in_the_dtype_that_rank_0_has_chosen(project):
@@ -160,81 +287,103 @@ def test_all_ranks_compute_in_the_dtype_that_rank_0_has_chosen(project):
     path.write_text("import os, torch, configurator\n"
                     "torch.cpu._is_amx_tile_supported = lambda: os.environ['RANK'] == '0'\n"
                     "torch.cpu._is_avx512_bf16_supported = lambda: False\n"
-                    "run = configurator.setup(device='cpu')\n"
-                    "open(f'dtype{run.rank}.txt', 'w').write(str(run.dtype))\n"
-                    "run.close()\n")
+                    "process = configurator.setup(device='cpu')\n"
+                    "with open(f'dtype{process.rank}.txt', 'w') as f:\n"
+                    "    f.write(str(process.dtype))\n"
+                    "process.close()\n")
     script(project, path.name, nproc=2)
-    assert [(project / f'dtype{rank}.txt').read_text() for rank in (0, 1)] == ['torch.bfloat16'] * 2
+    dtypes = [(project / f'dtype{rank}.txt').read_text() for rank in (0, 1)]
+    assert dtypes == ['torch.bfloat16'] * 2
 
 
 def test_random_streams_depend_on_seed_stream_and_index_alone():
-    a, b = (Run(torch.device('cpu'), torch.float32, False, rank, 0, 4, seed=1) for rank in (0, 3))
-    assert a.derive_seed('train', 5) == b.derive_seed('train', 5)
-    seeds = {a.derive_seed(s, *i) for s in ('train', 'dropout') for i in ((0,), (1,), (0, 0), (0, 1), (1, 0), (10,))}
+    cpu = torch.device('cpu')
+    a, b = (Process(cpu, torch.float32, rank=rank, world_size=4, seed=1) for rank in (0, 3))
+    other = Process(cpu, torch.float32, seed=2)
+    assert a.derive_seed('train', 5) == b.derive_seed('train', 5) != other.derive_seed('train', 5)
+    seeds = {a.derive_seed(stream, *index) for stream in ('train', 'dropout')
+             for index in ((0,), (1,), (0, 0), (0, 1), (1, 0), (10,))}
     assert len(seeds) == 12
 
 
-def test_the_peak_is_measured_for_longer_than_a_machine_is_slow(run, monkeypatch):
-    now = 0.0
-
-    def sync():  # after the product, and before it
-        nonlocal now
-        now += 0.03 if now < 0.36 else 0.01
-    monkeypatch.setattr(configurator, 'time', SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(Run, 'sync', lambda self: sync())
-    assert configurator.peak_flops(run) == pytest.approx(2 * 1536**3 / 0.01)
-
-
-def test_gpu_peaks_are_found_by_name(monkeypatch):
-    run = Run(torch.device('cuda'), torch.bfloat16, False, 0, 0, 1, 1)
-    for name, peak in (('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA A100-SXM4-40GB', 312e12),
-                       ('NVIDIA L40S', 362e12), ('NVIDIA GeForce RTX 3090', 71e12), ('NVIDIA GeForce RTX 3090 Ti', None), ('NVIDIA H200 NVL', None),
-                       ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA L4', 121e12), ('Tesla T4', 65e12), ('NVIDIA Mystery 9', None)):
-        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: name)
-        assert configurator.peak_flops(run) == peak, name
-
-
-def test_every_config_file_loads():
-    import train
-    files = sorted(os.listdir(os.path.join(ROOT, 'config')))
-    assert 'train_shakespeare_char.py' in files and 'train_gpt2.py' in files
-    for name in files:
-        if not name.endswith('.py'):
-            continue
-        path = os.path.join(ROOT, 'config', name)
-        config = configure(vars(train), [path])
-        assert train.check_settings(config) == [], name
-        lines = open(path).read().splitlines()
-        assert len(lines) <= 40 and any(f'config/{name}' in line for line in lines[:4]), name
-    configure(vars(train), [])
-
-
 def test_short_runs_and_cpus_are_not_compiled(monkeypatch):
-    import importlib.util
-    from configurator import worth_compiling
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
     monkeypatch.setattr(shutil, 'which', lambda name: f'/usr/bin/{name}')
     assert worth_compiling('cuda', 5000) and not worth_compiling('cuda', 500)
     assert not worth_compiling('cpu', 10**9) and not worth_compiling('mps', 10**9)
-    for module, name, value in ((importlib.util, 'find_spec', None), (torch.cuda, 'get_device_capability', (6, 1)), (shutil, 'which', None)):
-        with monkeypatch.context() as m:  # without triton, with a GPU that it does not know, without a C compiler
+    for module, name, value in (
+            (importlib.util, 'find_spec', None),  # without triton
+            (torch.cuda, 'get_device_capability', (6, 1)),  # with a GPU that triton does not know
+            (shutil, 'which', None)):  # without a C compiler
+        with monkeypatch.context() as m:
             m.setattr(module, name, lambda *args: value)
             m.delenv('CC', raising=False)
             assert not worth_compiling('cuda', 5000)
 
 
-def test_a_reader_that_leaves_and_too_little_memory_are_no_tracebacks(capsys):
-    for e in (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto allocate"), MemoryError(), torch.OutOfMemoryError('x')):
-        configurator.excepthook(type(e), e, None)
-        err = capsys.readouterr().err
-        assert err.startswith('error: out of memory: ') and len(err.splitlines()) == 1
-    configurator.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+# -----------------------------------------------------------------------------
+# how a script ends
+
+def raising(e):
+    """Return a main() that raises e."""
+    def main():
+        raise e
+    return main
+
+
+@pytest.mark.parametrize('e, code, words', [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto allocate"), 1,
+     'out of memory: '),
+    (MemoryError(), 1, 'out of memory: '), (torch.OutOfMemoryError('x\ny'), 1, 'out of memory: '),
+    (RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore'), 1,
+     'another process has ended'),
+    (dist.DistStoreError('wait timeout\nmore'), 1, 'another process has ended'),
+    (dist.DistNetworkError('connection refused'), 1, 'another process has ended')])
+def test_what_no_code_can_help_ends_in_one_line(capsys, e, code, words):
+    line, = fails(capsys, run_main, raising(e), code=code)
+    assert line.startswith(f'error: {words}')
+
+
+def test_faults_of_the_code_keep_their_traceback_and_exits_their_code(capsys):
+    for fault in (ValueError('a fault'), RuntimeError('a fault'), OSError(2, 'a fault')):
+        with pytest.raises(type(fault), match='a fault'):
+            run_main(raising(fault))
+    for code in (0, 2, 143):
+        with pytest.raises(SystemExit) as e:
+            run_main(raising(SystemExit(code)))
+        assert e.value.code == code
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: None)
+    assert not e.value.code
     assert capsys.readouterr().err == ''
-    configurator.excepthook(ValueError, ValueError('a fault'), None)
-    assert 'ValueError: a fault' in capsys.readouterr().err
-    # in a process of its own, with a pipe that nobody reads
-    code = 'import sys, configurator; sys.excepthook = configurator.excepthook\nfor _ in range(10**5): print("x" * 100)'
-    process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.stderr.read() == b'' and process.wait(60)
+
+
+def run_python(project, main, **environment):
+    """Run main(), given as its body, under run_main in a process of its own; return the Popen."""
+    environment['PYTHONUNBUFFERED'] = ''  # a pipe gets its data at the end, or in large blocks
+    code = f'import atexit, os, signal, configurator\ndef main():\n    {main}\n' \
+           'configurator.run_main(main)'
+    return subprocess.Popen([sys.executable, '-c', code], cwd=project, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | environment)
+
+
+@pytest.mark.parametrize('count', [1, 10**5])
+def test_a_reader_that_leaves_is_no_error(project, count):
+    process = run_python(project, f'for _ in range({count}): print("x" * 100)')
+    process.stdout.close()  # as `| head` does; one line is written at the end only
+    assert process.stderr.read() == '' and process.wait(60) == 0
+
+
+def test_ctrl_c_ends_a_process_in_one_line(project):
+    process = run_python(project, 'os.kill(os.getpid(), signal.SIGINT)')
+    assert process.communicate(timeout=60) == ('', 'error: interrupted\n')
+    assert process.returncode == 130
+
+
+def test_one_of_several_processes_writes_all_and_keeps_its_exit_code(project):
+    main = 'atexit.register(print, "last"); print("first"); raise SystemExit(3)'
+    process = run_python(project, main, WORLD_SIZE='2', RANK='0')
+    assert process.communicate(timeout=60) == ('first\nlast\n', '')
+    assert process.returncode == 3

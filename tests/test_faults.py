@@ -448,18 +448,19 @@ def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run
     assert equal_runs(train_run('--init_from=resume'), whole)
 
 
-@pytest.mark.parametrize('moment, step', [('write_checkpoint', 4), ('compile_forward', 1)])
+@pytest.mark.parametrize('module, moment, step', [(torch, 'save', 4),
+                                                  (train, 'compile_forward', 1)])
 def test_sigterm_during_a_save_or_the_compilation_loses_nothing(
-        train_run, fails, tmp_path, monkeypatch, moment, step):
+        train_run, fails, tmp_path, monkeypatch, module, moment, step):
     whole = train_run(*FAST, out=tmp_path / 'whole')
-    real, sent = getattr(train, moment), []
+    real, sent = getattr(module, moment), []
 
     def interrupted(*arguments):
         if not sent:
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
         return real(*arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(train, moment, interrupted)
+        patch.setattr(module, moment, interrupted)
         fails(*FAST, code=143)
     assert load(tmp_path / 'out')['iter_num'] == step
     assert equal_runs(train_run('--init_from=resume'), whole)
@@ -568,7 +569,7 @@ def test_resuming_a_run_that_another_process_goes_on_with_is_refused(
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     wait_for(child, 'locked')
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'load_checkpoint', None)  # it is not even read: it may be replaced
+        patch.setattr(torch, 'load', None)  # the checkpoint is not even read: it may be replaced
         for way in ('resume', 'auto'):
             assert f'in use by process {os.getpid()}:' in fails(f'--init_from={way}')
     assert snapshot(out) == before

@@ -1,4 +1,4 @@
-"""Every command in the README and at the top of the config files names files and keys that exist."""
+"""Every command in the README and in the config files names files and keys that exist."""
 import glob
 import os
 import re

@@ -7,6 +7,7 @@ import torch
 from conftest import metrics, script
 from torch import nn
 
+import configurator
 import sample
 from configurator import configure
 from data import runs
@@ -15,7 +16,7 @@ from model import GPT, GPTConfig, KVCache
 from sample import CastLinear, FBGEMMLinear, Int8Linear, OneDNNLinear, place_for_generation
 
 CPU = torch.device('cpu')
-ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 fbgemm = pytest.mark.skipif(not sample.FBGEMM, reason='needs FBGEMM, which is for x86')
 onednn = pytest.mark.skipif(not ONEDNN, reason='needs a CPU on which oneDNN has bfloat16')
 # each class of stored weights with a dtype and the relative error of its products
@@ -340,18 +341,28 @@ def test_logits_with_stored_weights_are_near(dtype, quantize, error, rows):
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
 
 
-@pytest.mark.parametrize('kernels', [True, False])
+@pytest.mark.parametrize('machine', ['with all kernels', 'without bfloat16', 'without libraries'])
 @pytest.mark.parametrize('dtype, quantize, fast, portable', [
     (torch.bfloat16, '', OneDNNLinear, CastLinear), (torch.float16, '', FBGEMMLinear, CastLinear),
     (torch.float32, 'int8', Int8Linear, Int8Linear), (torch.float32, '', nn.Linear, nn.Linear)])
 def test_weights_are_stored_for_the_kernels_that_the_machine_has(
-        dtype, quantize, fast, portable, kernels, monkeypatch):
-    if kernels and not (sample.FBGEMM and ONEDNN):
-        pytest.skip('needs FBGEMM, and a CPU on which oneDNN has bfloat16')
-    if not kernels:
+        dtype, quantize, fast, portable, machine, monkeypatch):
+    def bfloat16_is_supported():
+        if machine == 'without libraries':
+            raise AttributeError("a torch without oneDNN has no such operator")
+        return False
+    stored = fast
+    if machine == 'with all kernels':
+        if not (sample.FBGEMM and ONEDNN):
+            pytest.skip('needs FBGEMM, and a CPU on which oneDNN has bfloat16')
+    else:
+        stored = portable
         monkeypatch.setattr(sample, 'FBGEMM', False)
-        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
-    model, stored = small_gpt(), fast if kernels else portable
+        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', bfloat16_is_supported,
+                            raising=False)
+    if machine == 'without libraries':
+        monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    model = small_gpt()
     place_for_generation(model, CPU, dtype, quantize, 2)
     kinds = (nn.Linear, CastLinear, FBGEMMLinear, Int8Linear)
     found = [type(m) for m in model.modules() if isinstance(m, kinds)]
@@ -371,6 +382,6 @@ def test_weights_are_stored_for_the_kernels_that_the_machine_has(
     ('cpu', 'auto', '', 10, False, False, 'float32')])
 def test_the_dtype_of_weights_is_the_fastest_for_the_machine(
         kind, dtype, quantize, num_samples, bf16, fbgemm, expected, monkeypatch):
-    monkeypatch.setattr(sample, 'cpu_multiplies_bfloat16', lambda: bf16)
+    monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16', lambda: bf16)
     monkeypatch.setattr(sample, 'FBGEMM', fbgemm)
     assert sample.pick_dtype(kind, dtype, quantize, num_samples) == expected
