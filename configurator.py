@@ -308,7 +308,7 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
     device = pick_device(device, local_rank)
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
-    if backend == 'nccl' and device.type != 'cuda':
+    if backend == 'nccl' and device.type != 'cuda' and world_size > 1:
         fail('backend=nccl needs CUDA devices: use --backend=gloo')
     if device.type == 'cuda':
         torch.cuda.set_device(device)

@@ -537,7 +537,7 @@ def test_a_hanging_rank_ends_the_others_within_timeout_s(project, tmp_path, para
     assert time.monotonic() - t0 < 15
     os.kill(last, signal.SIGCONT)
     _, err = child.communicate(timeout=60)
-    assert 'another process has ended, or was silent for timeout_s' in err
+    assert 'another process has ended, or has not answered within timeout_s' in err
     assert 'RuntimeError' not in err
 
 
@@ -1045,7 +1045,7 @@ def test_resume_refuses_another_optimizer_and_weights_alone(train_run, fails, tm
     train_run(*FAST, '--max_iters=3')
     before = snapshot(tmp_path)
     for argument, words in (('--optimizer=muon', 'optimizer=muon but'),
-                            ('--ckpt=model.pth', 'holds weights to sample from')):
+                            ('--ckpt=model.pth', 'holds only weights')):
         assert words in fails('--init_from=resume', '--max_iters=6', argument)
         assert snapshot(tmp_path) == before
 
