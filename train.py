@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 
 import torch
 from torch import nn
@@ -109,8 +108,9 @@ CHOICES = {'activation': ACTIVATIONS, 'norm': NORMS, 'optimizer': ('adamw', 'muo
            'dtype': configurator.DTYPES, 'backend': ('auto', 'nccl', 'gloo')}
 LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s',
           (0, 1e9): 'eval_iters sample_tokens max_iters train_iters warmup_iters min_lr '
-                    'lr_decay_iters grad_clip muon_lr skip_batches peak_tflops',
-          (0, 1): 'muon_momentum input_noise decay_frac', (0, 2**63 - 1): 'seed'}
+                    'lr_decay_iters grad_clip skip_batches peak_tflops',
+          (1e-99, 1e9): 'learning_rate muon_lr', (0, 2**63 - 1): 'seed',
+          (0, 0.999999): 'beta1 beta2 muon_momentum input_noise', (0, 1): 'decay_frac'}
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
 _defaults, _given = {}, set()  # filled by configure: all settings, and the given ones
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
@@ -251,7 +251,8 @@ def main(argv=None):
             last_log = replace(progress)
             row |= speeds(dt, learner, peak) | {'eta': (last_iter - progress.iter_num) * dt}
             words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED]
-            words.append(f'eta={timedelta(seconds=int(row["eta"]))}')
+            eta = int(row['eta'])
+            words.append(f'eta={eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}')
             process.print(f'step={progress.iter_num} {" ".join(words)}')
             if metrics:
                 metrics.write(step=progress.iter_num, **row)

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 
-from configurator import HERE, fail, one_line_errors
+from configurator import HERE, fail, first_line
 from data.checkpoints import saved_step, unchanged
 from data.files import cannot_write, lock, need_space, replace_file
 
@@ -66,7 +66,7 @@ def keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model):
         return out_lock
     need_space(out_dir, need, 'checkpoints will take')
     if paths or read_metrics(out_dir):
-        rename_aside(out_dir, max(map(saved_step, paths), default=0))
+        rename_aside(out_dir, max([0, *map(saved_step, paths)]))
         out_lock = claim(out_dir)
     return out_lock
 
@@ -175,10 +175,14 @@ def read_metrics(out_dir):
 
 def start_wandb(project, name, config):
     """Return the module wandb, logging a run of this name."""
-    with one_line_errors('--wandb_log=True: ', Exception):  # not installed, or not logged in
+    try:
         import wandb
         wandb.init(project=project, name=name, config=config)
-    return wandb
+        return wandb
+    except (ImportError, AttributeError):  # a folder `wandb` is enough for the import
+        fail('--wandb_log=True needs a package that is not installed: pip install wandb')
+    except Exception as e:  # not logged in, for example
+        fail(f'--wandb_log=True: {first_line(e)}')
 
 
 # -----------------------------------------------------------------------------
