@@ -1,4 +1,4 @@
-"""The budgets of STYLE.md hold: sizes of files, lengths of lines, the direction of imports."""
+"""The budgets of the project hold: sizes of files, lengths of lines, the direction of imports."""
 import ast
 import pathlib
 
