@@ -109,6 +109,7 @@ def convert(key, value, defaults):
     if key not in defaults:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
         raise ValueError(f"unknown key '{key}': did you mean '{nearest}'? (--help lists all keys)")
+    value = value.item() if hasattr(value, 'item') else value  # a scalar of numpy or torch
     kind, given, auto = type(defaults[key]), value, defaults[key] == 'auto'
     if value in ('true', 'false') and (kind is bool or auto):
         value = value.capitalize()

@@ -329,10 +329,11 @@ class GPT(nn.Module):
             raise ValueError(f'{path} lacks {min(missing)}')
         return model
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, eot=None):
         """Write config.json and model.safetensors, which transformers.GPT2LMHeadModel reads.
 
-        Missing biases are written as zeros. ValueError names a setting that GPT-2 does not have.
+        eot: id of the end-of-text token. Missing biases are written as zeros. ValueError names a
+        setting that GPT-2 does not have.
         """
         c = self.config
         gpt2 = {'activation': ('gelu', 'gelu_tanh'), 'norm': ('layernorm',), 'rotary': (False,),
@@ -356,7 +357,8 @@ class GPT(nn.Module):
             'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
             'activation_function': 'gelu' if c.activation == 'gelu' else 'gelu_new',
             'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': c.tie_weights,
-            'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout}
+            'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout,
+            'bos_token_id': eot, 'eos_token_id': eot}
         with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
             json.dump(config, f, indent=1)
 

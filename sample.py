@@ -57,8 +57,8 @@ def main():
     if os.path.exists(export) and (not os.path.isdir(export) or os.listdir(export)):
         fail(f'--export={export}: it exists and is not an empty folder, name another')
     kind = pick_device(device).type
-    if quantize and (kind != 'cpu' or dtype != 'auto'):
-        fail(f'--quantize={quantize} is for --device=cpu, without --dtype')
+    if quantize and (kind != 'cpu' or dtype != 'auto' or export):
+        fail(f'--quantize={quantize} is for --device=cpu, without --dtype and --export')
 
     # weights
     if init_from == 'resume':
@@ -117,7 +117,7 @@ def main():
 
 def last_run():
     """Return the folder of the latest run."""
-    if runs := read_runs():
+    if runs := [run for run in read_runs() if os.path.isdir(run)]:
         return runs[-1]
     fail('nothing has been trained yet (no checkpoints.log): run python train.py, '
          'or give --out_dir')
@@ -127,7 +127,7 @@ def export_model(model, tokenizer):
     with one_line_errors(f'--export={export}: '):
         os.makedirs(export, exist_ok=True)
         try:
-            model.save_pretrained(export)
+            model.save_pretrained(export, tokenizer.eot)
             tokenizer.save_pretrained(export)
         except (ValueError, OSError) as e:
             shutil.rmtree(export, ignore_errors=True)

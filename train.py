@@ -30,7 +30,7 @@ from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops
 
 # files
 out_dir = 'out'  # folder for checkpoints and metrics
-init_from = 'scratch'  # scratch | resume | auto (resume if possible) | gpt2 ... gpt2-xl | DIR
+init_from = 'scratch'  # scratch | resume | auto: either | gpt2 ... gpt2-xl | DIR of a GPT-2
 ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume from; its settings apply unless given
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)
@@ -49,7 +49,7 @@ gradient_accumulation_steps = 1  # micro-batches in an update, of all processes 
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
 input_noise = 0.0  # fraction of input tokens replaced at random (regularizes)
-skip_batches = 0  # updates whose data is skipped; raise it on resuming to get past bad data
+skip_batches = 0  # updates of data to skip in all; raise it on resuming to get past bad data
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -70,7 +70,7 @@ learning_rate = 1e-3  # peak learning rate of AdamW
 muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # momentum of Muon
 max_iters = 5000  # number of updates
-train_iters = 0  # stop after this many updates, to be resumed; 0 disables it
+train_iters = 0  # updates of this process, then stop to be resumed; 0: no limit
 weight_decay = 0.1  # of matrices
 beta1 = 0.9  # decay of AdamW's mean of gradients
 beta2 = 0.95  # decay of AdamW's mean of squared gradients
@@ -80,7 +80,7 @@ decay_lr = True  # False: constant learning rates, without warmup
 lr_schedule = 'cosine'  # shape of the decay
 warmup_iters = 100  # updates of linear warmup
 lr_decay_iters = 0  # update at which the decay ends; 0 means max_iters
-decay_frac = 0.4  # fraction of the run in which the linear schedule decays
+decay_frac = 0.4  # fraction of the run that decays, for lr_schedule=linear
 min_lr = 1e-4  # final learning rate of AdamW; Muon's falls in proportion
 # machine
 seed = 1337  # of weights, batches, dropout and samples
@@ -95,11 +95,11 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 peak_tflops = 0.0  # peak of one device, for mfu; 0 looks it up, or measures a CPU
 
 def cosine(it, end):
-    """Fall along half a cosine after the warmup."""
+    """Fall from 1 to 0 along half a cosine after the warmup."""
     return 0.5 + 0.5 * math.cos(math.pi * fraction_done(it, warmup_iters, end))
 
 def linear(it, end):
-    """Fall linearly during the last decay_frac of the updates."""
+    """Stay at 1, then fall to 0 in the last decay_frac of the way to end."""
     return 1 - fraction_done(it, max(warmup_iters, end * (1 - decay_frac)), end)
 
 SCHEDULES = {'cosine': cosine, 'linear': linear}
@@ -109,14 +109,14 @@ CHOICES = {'activation': ACTIVATIONS, 'norm': NORMS, 'optimizer': ('adamw', 'muo
 LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s',
           (0, 1e9): 'eval_iters sample_tokens max_iters train_iters warmup_iters min_lr '
                     'lr_decay_iters grad_clip skip_batches peak_tflops',
-          (1e-99, 1e9): 'learning_rate muon_lr', (0, 2**63 - 1): 'seed',
+          (1e-99, math.inf): 'learning_rate muon_lr', (0, 2**63 - 1): 'seed',
           (0, 0.999999): 'beta1 beta2 muon_momentum input_noise', (0, 1): 'decay_frac'}
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
-_defaults, _given = {}, set()  # filled by configure: all settings, and the given ones
+_defaults, _given = {}, set()  # filled by configure: all settings; the keys in argv
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
 LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
-  dt       seconds per update                  dtf, dtb     forward and backward part of dt
+  dt       seconds per update (mean)           dtf, dtb     forward, backward: last update
   sps      sequences per second                sps_per_gpu  the same per process
   tps      tokens per second                   tps_per_gpu  the same per process
   mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
@@ -171,7 +171,7 @@ def main(argv=None):
     # files, signals and compilation
     metrics = None
     if process.is_main:
-        out_lock = out_lock or runs.claim(out_dir)
+        out_lock = out_lock or runs.claim(out_dir)  # held until this process ends
         wandb = runs.start_wandb(wandb_project, wandb_run_name, settings()) if wandb_log else None
         out_lock = runs.keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model)
         metrics = runs.Metrics(out_dir, resumed_at, wandb)
@@ -181,7 +181,7 @@ def main(argv=None):
     peak = peak_tflops * 1e12 or peak_flops(process)
     process.print(LEGEND)
 
-    # the clock counts updates only: it stands still during evaluation, sampling and saving
+    # train_seconds counts updates only, without evaluation, sampling and saving
     last_log = replace(progress)
     stop, overflows = False, 0
     t0 = time.perf_counter()
@@ -278,7 +278,7 @@ def read_settings(argv):
 
     def paths():
         return [os.path.join(out_dir, name) for name in (ckpt, 'ckpt_prev.pt')]
-    # on resuming, settings can be checked together only after the checkpoint's are known
+    # on resuming, conflicts between settings show only once the checkpoint's are known
     configure(globals(), argv, check=lambda: [] if resuming() else check_settings())
     checkpoint = out_lock = None
     if resuming():
@@ -318,7 +318,7 @@ def model_shape(vocab_size):
                      **{name: globals()[name] for name in names})
 
 def check_resume(checkpoint, data_id, tokenizer, process):
-    """Fail if data or settings contradict the checkpoint, or if ranks disagree."""
+    """Fail if data or settings contradict the checkpoint, or ranks its step."""
     problems = []
     if checkpoint:
         problems = checkpoints.contradictions(checkpoint, data_id, tokenizer, settings())
@@ -365,13 +365,12 @@ class Learner:
     process: Process
     micro_batches: range  # this rank's micro-batches of an update
     rows: range  # this rank's sequences of a micro-batch
-    sums: torch.Tensor = None  # ddp with several ranks: all gradients, loss and stop
+    sums: torch.Tensor = None  # ddp, several ranks: flat gradients, then loss and stop
 
 def make_learner(model, process):
     """Move the model to the device, or shard it over all processes; make its optimizers."""
     if parallel == 'fsdp' and (process.world_size == 1 or process.dtype == torch.float16):
-        fail('--parallel=fsdp divides the model over the processes of torchrun '
-             '--nproc_per_node=N, N > 1, in float32 or bfloat16')
+        fail('--parallel=fsdp needs torchrun --nproc_per_node=N, N > 1, and float32 or bfloat16')
     micro_batches, rows, parts = divide(gradient_accumulation_steps, batch_size, process)
     model.activation_checkpointing = activation_checkpointing
     for module in model.modules():
@@ -384,8 +383,8 @@ def make_learner(model, process):
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     learner = Learner(model, model, optimizers, params, scaler, process, micro_batches, rows)
     if process.world_size > 1 and parallel == 'ddp':
-        # one sum in a fixed order. DistributedDataParallel changes its buckets after the first
-        # update of a process, so a resumed run would get other bits
+        # one all-reduce in a fixed order. DistributedDataParallel changes its buckets after its
+        # first update, so a resumed run would get other bits
         sizes = [*(p.numel() for p in params), 2]
         learner.sums = torch.zeros(sum(sizes), device=process.device)
         for p, grad in zip(params, learner.sums.split(sizes)):
@@ -415,7 +414,8 @@ def make_optimizers(model, process):
     groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0)]
     # fused: one pass over the parameters instead of a dozen
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
-    if matrices:  # float16 would lose small entries
+    if matrices:
+        # in float16, small entries would underflow
         dtype = torch.bfloat16 if process.dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(matrices, muon_lr, muon_momentum, weight_decay, dtype))
     return optimizers
@@ -442,7 +442,7 @@ def compile_forward(learner):
     if parallel == 'fsdp':  # what fsdp does between blocks cannot be compiled
         for block in model.transformer.h:
             block.compile_for_training()
-    else:  # without logits, which would need memory and a gradient of zeros
+    else:  # no logits: as an output they cost memory and a gradient of zeros
         learner.forward = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(len(learner.rows), block_size, dtype=torch.int64, device=process.device)
     with process.autocast():  # clone: one tensor passed twice would be compiled differently
@@ -494,7 +494,7 @@ def update(learner, batches, factor, signals=(), timed=True):
         dtf += t1 - t0
         dtb += process.clock(timed) - t1
 
-    # sum over all ranks; signals are read late, so the run stops right after this update
+    # sum over all ranks; signals are read last: one during this update still ends the run
     sums[1] = bool(signals)
     if sharded:
         sums = process.all_reduce(sums) / process.world_size

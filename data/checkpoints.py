@@ -97,11 +97,14 @@ def adopt_nanogpt(checkpoint):
 def contradictions(checkpoint, data_id, tokenizer, settings):
     """Return how the data and the settings of a resumed run contradict its checkpoint.
 
-    data_id: the dataset's name, sha256 and numbers of tokens, as the checkpoint stores them.
+    data_id: the dataset's name, sha256 and numbers of tokens, as the checkpoint stores them. The
+    content counts, not the name. Evaluation takes any data in the same tokens.
     """
-    name = f'data/{data_id["dataset"]}'
-    problems = [f'{name} has {key}={data_id[key]} but the checkpoint has {key}={value}'
-                for key, value in checkpoint['data'].items() if data_id.get(key) != value]
+    problems, name, saved = [], f'data/{data_id["dataset"]}', checkpoint['data']
+    if any(saved.get(key, data_id[key]) != data_id[key] for key in ('sha256', 'tokens')) \
+            and not settings['eval_only']:
+        problems.append(f'{name} is not the text that the checkpoint was trained on: resume with '
+                        f'--dataset={saved["dataset"]}, or only evaluate with --eval_only=True')
     if checkpoint['tokenizer'] != tokenizer.to_dict():
         problems.append(f'{name} has another tokenizer than the checkpoint')
     skip, skipped = settings['skip_batches'], checkpoint['config'].get('skip_batches', 0)

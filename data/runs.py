@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import time
 
@@ -52,6 +53,9 @@ def keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model):
 
     resumed_at: the step of the checkpoint `ckpt` that this run goes on from, or -1.
     """
+    for name in os.listdir(out_dir):  # left by a save that was cut off
+        if re.fullmatch(r'(ckpt|ckpt_prev|model)\.\w+(\.\d+)?\.tmp', name):
+            os.remove(os.path.join(out_dir, name))
     paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
     paths = [path for path in paths if os.path.exists(path)]
     # at most three ckpt.pt (weights, and two moments of AdamW) and two model.pth at a time
@@ -180,7 +184,7 @@ def start_wandb(project, name, config):
         wandb.init(project=project, name=name, config=config)
         return wandb
     except (ImportError, AttributeError):  # a folder `wandb` is enough for the import
-        fail('--wandb_log=True needs a package that is not installed: pip install wandb')
+        fail('--wandb_log=True: wandb is not installed: pip install wandb')
     except Exception as e:  # not logged in, for example
         fail(f'--wandb_log=True: {first_line(e)}')
 

@@ -37,9 +37,8 @@ def test_the_last_line_is_json_with_consistent_figures(project, tmp_path, nproc)
     assert result['world_size'] == processes and result['steps'] == 4
     assert result['tps'] * result['dt'] == pytest.approx(4 * 32)
     assert result['dt_min'] <= result['dt'] <= result['dt_max']
-    # the parts of an update are timed in updates of their own, which other work may slow down
+    # other updates than those of dt; that the parts fit into an update is tested in test_train.py
     assert 0 < result['dtf_min'] and 0 < result['dtb_min']
-    assert result['dtf_min'] + result['dtb_min'] < result['dt_max']
     assert result['peak_tflops'] == pytest.approx(0.001 * processes)
     # PaLM's formula: 6 N + 12 L C T FLOPs per token
     flops = (6 * result['params'] + 12 * 2 * 32 * 32) * result['tps']

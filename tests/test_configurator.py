@@ -249,6 +249,8 @@ def test_device_precedence(monkeypatch):
 def test_setup_refuses_what_it_cannot_do(monkeypatch, capsys, settings, words):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    if 'backend' in settings:  # a single process needs none
+        monkeypatch.setenv('WORLD_SIZE', '2')
     line, = fails(capsys, setup, **settings)
     assert words in line
 
@@ -387,3 +389,18 @@ def test_one_of_several_processes_writes_all_and_keeps_its_exit_code(project):
     process = run_python(project, main, WORLD_SIZE='2', RANK='0')
     assert process.communicate(timeout=60) == ('first\nlast\n', '')
     assert process.returncode == 3
+
+
+def test_numpys_numbers_in_a_config_file_are_numbers(namespace, tmp_path):
+    (tmp_path / 'c.py').write_text('import numpy as np\nrate = np.sqrt(1e-6)\n'
+                                   'width = np.int64(8)\n')
+    config = configure(namespace, [str(tmp_path / 'c.py')])
+    assert config['rate'] == pytest.approx(1e-3) and type(config['rate']) is float
+    assert config['width'] == 8 and type(config['width']) is int
+
+
+def test_another_package_called_data_is_not_imported(project, tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / '__init__.py').write_text('raise RuntimeError("the wrong one")')
+    for name in ('train.py', 'sample.py', 'data/text/prepare.py'):
+        script(project, name, '--help', cwd=tmp_path, env={'PYTHONPATH': str(tmp_path)})

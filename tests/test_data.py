@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -345,6 +346,20 @@ def test_ctrl_c_ends_a_prepare_script_without_a_traceback(project, tmp_path):
         _, err = process.communicate(timeout=10)
     assert process.returncode == 130 and err == 'error: interrupted\n'
     assert not (project / 'data' / 'x').exists()
+
+
+def test_a_folder_that_cannot_be_synced_is_a_note(tmp_path, monkeypatch, capsys):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, 'Invalid argument')
+        real(descriptor)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    for i in range(2):
+        files.write_atomic(str(tmp_path / 'file'), [b'%d' % i])
+    assert (tmp_path / 'file').read_bytes() == b'1'
+    assert capsys.readouterr().out.count('cannot be synced (Invalid argument)') == 1
 
 
 def test_a_full_disk_while_preparing_is_one_line(server, tmp_path, monkeypatch, capsys):

@@ -1034,11 +1034,62 @@ def test_resume_refuses_other_data(train_run, fails, broken, tmp_path):
     before = snapshot(tmp_path)
     meta = json.loads((broken / 'meta.json').read_text())
     other = {'kind': 'char', 'chars': meta['tokenizer']['chars'][:-1] + 'é'}
-    for change, words in (({'sha256': 'f' * 64}, 'but the checkpoint has sha256'),
+    for change, words in (({'sha256': 'f' * 64}, 'is not the text that the checkpoint was'),
+                          ({'tokens': {'train': 100, 'val': 100}}, 'is not the text that'),
                           ({'tokenizer': other}, 'another tokenizer than the checkpoint')):
         (broken / 'meta.json').write_text(json.dumps(meta | change))
+        for split in meta['tokens'] if 'tokens' in change else ():
+            os.truncate(broken / f'{split}.bin', 200)
         assert words in fails('--init_from=resume', '--max_iters=6', '--dataset=broken')
         assert snapshot(tmp_path) == before
+        shutil.rmtree(broken)
+        shutil.copytree(broken.parent / 'topics', broken)
+
+
+def test_data_is_known_by_its_content_and_not_by_its_name(train_run, broken, tmp_path):
+    """A renamed dataset resumes; another text in the same tokens can be evaluated."""
+    train_run(*FAST, '--train_iters=3')
+    assert train_run('--init_from=resume', '--train_iters=3', '--dataset=broken')['iter_num'] == 6
+    before = snapshot(tmp_path)
+    meta = json.loads((broken / 'meta.json').read_text())
+    (broken / 'meta.json').write_text(json.dumps(meta | {'sha256': 'f' * 64}))
+    train_run('--init_from=resume', '--eval_only=True', '--dataset=broken')
+    assert snapshot(tmp_path) == before
+
+
+def test_what_a_cut_off_save_has_left_is_removed(train_run, tmp_path):
+    (tmp_path / 'out').mkdir()
+    for name in ('ckpt.pt.123.tmp', 'model.pth.99.tmp', 'ckpt_prev.pt.tmp', 'mine.tmp'):
+        (tmp_path / 'out' / name).write_bytes(b'half')
+    train_run(*FAST, '--max_iters=3')
+    assert [f for f in os.listdir(tmp_path / 'out') if 'tmp' in f] == ['mine.tmp']
+
+
+def test_a_deleted_out_dir_is_made_again(train_run, tmp_path, monkeypatch):
+    out, real, calls = tmp_path / 'out', train.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(1)
+        if len(calls) == 3:  # in the evaluation after the first save
+            shutil.rmtree(out)
+        return real(*arguments)
+    monkeypatch.setattr(train, 'evaluate', evaluate)
+    assert train_run(*FAST, '--max_iters=6')['iter_num'] == 6
+    assert load(out, 'model.pth')['iter_num'] and metrics(out)[1][-1]['step'] == 6
+
+
+def test_a_run_without_a_checkpoint_does_not_promise_one(train_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        train_run(*FAST, '--learning_rate=1e30', '--decay_lr=False', '--grad_clip=0',
+                  '--eval_interval=100', '--max_iters=99')
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and 'holds no checkpoint yet' in err and 'as it was' not in err
+
+
+def test_an_out_dir_that_is_a_file_is_the_users_mistake(train_run, fails, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    assert 'is a file: give the name of a folder' in fails(out=tmp_path / 'file')
+    assert (tmp_path / 'file').read_text() == 'mine'
 
 
 def test_resume_refuses_another_optimizer_and_weights_alone(train_run, fails, tmp_path):

@@ -192,6 +192,11 @@ def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_pa
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).state_dict()
     name = 'transformer.h.0.mlp.c_fc.weight'
     assert torch.equal(theirs[name].t(), weights[name])
+    config = transformers.GPT2Config.from_pretrained(folder)  # its default is GPT-2's 50256
+    assert config.bos_token_id is None and config.eos_token_id is None
+    with pytest.raises(SystemExit):
+        sampled(f'--out_dir={trained}', f'--export={tmp_path / "int8"}', '--quantize=int8')
+    assert 'without --dtype and --export' in capsys.readouterr().err
     for arguments, words in (
             ([f'--out_dir={trained}', f'--export={folder}'], 'name another'),
             ([f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}'],
@@ -205,7 +210,7 @@ def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_pa
 
 def test_an_export_that_finds_no_space_leaves_nothing(trained, sampled, tmp_path, monkeypatch,
                                                       capsys):
-    def full(model, folder):
+    def full(model, folder, eot):
         with open(os.path.join(folder, 'model.safetensors'), 'wb') as f:
             f.write(b'half')
         raise OSError(28, 'No space left on device')
@@ -234,6 +239,8 @@ def test_the_list_of_runs_may_be_empty_and_hold_any_name(trained, sampled, train
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/\xff')
     train_run('--max_iters=5', out=odd)
     assert runs.read_runs() == [odd] and sample.last_run() == odd
+    runs.remember_run(str(tmp_path / 'deleted'))
+    assert runs.read_runs()[-1] == str(tmp_path / 'deleted') and sample.last_run() == odd
 
 
 @pytest.mark.parametrize('mistake, words', [
@@ -365,7 +372,8 @@ def test_weights_are_stored_for_the_kernels_that_the_machine_has(
     model = small_gpt()
     place_for_generation(model, CPU, dtype, quantize, 2)
     kinds = (nn.Linear, CastLinear, FBGEMMLinear, Int8Linear)
-    found = [type(m) for m in model.modules() if isinstance(m, kinds)]
+    found = [type(part) for m in model.modules() for part in {**vars(m), **m._modules}.values()
+             if isinstance(part, kinds)]
     assert found == [stored] * 9 and not model.training
     others = [p for m in model.modules() if not isinstance(m, kinds)
               for p in m.parameters(recurse=False)]

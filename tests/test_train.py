@@ -180,11 +180,14 @@ def test_one_update_changes_every_parameter(small_learner, tokens, process, opti
     learner = small_learner(f'--optimizer={optimizer}', '--learning_rate=1e-3',
                             '--weight_decay=0', dropout=0.1)
     before = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    t0 = time.perf_counter()
     row = update(learner, [(1, *tokens().train_batch(0, 8, process))], 1.0)
+    seconds = time.perf_counter() - t0
     for k, v in learner.model.state_dict().items():
         assert not torch.equal(v, before[k]), k
     assert abs(row['loss'] - math.log(1000)) < 0.2
     assert row['norm'] > 0 and row['dtf'] > 0 and row['dtb'] > 0
+    assert row['dtf'] + row['dtb'] < seconds
     assert not row['stop'] and not row['bad']
 
 
@@ -671,7 +674,7 @@ def test_a_missing_wandb_is_one_error_line(train_run, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as e:
         train_run('--wandb_log=True')
     err = capsys.readouterr().err
-    assert e.value.code == 2 and re.fullmatch(r'error: --wandb_log=True: .*\bwandb\b.*\n', err)
+    assert e.value.code == 2 and err.endswith('wandb is not installed: pip install wandb\n')
     assert not os.path.exists(tmp_path / 'out' / 'metrics.jsonl')
 
 

@@ -2,11 +2,13 @@
 Your own text: makes the dataset data/NAME from a UTF-8 file.
 
     python data/text/prepare.py --input=diary.txt --name=diary --tokenizer=char
-    python train.py --dataset=diary
+    python train.py config/train_shakespeare_char_cpu.py --dataset=diary --out_dir=out-diary
 """
 import os
 import re
 import sys
+
+import torch
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import configure, fail, run_main
@@ -32,7 +34,8 @@ def main():
     if problems:
         fail(*problems)
     write_dataset(name, input, tokenizer)
-    print(f'now train on it: python train.py --dataset={name}')
+    config = '' if torch.cuda.is_available() else 'config/train_shakespeare_char_cpu.py '
+    print(f'now train on it: python train.py {config}--dataset={name} --out_dir=out-{name}')
 
 
 if __name__ == '__main__':
