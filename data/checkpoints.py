@@ -56,8 +56,9 @@ def read_checkpoint(path):
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(f'its format {version} is newer than what this quill reads ({VERSION})')
     if 'shards' in checkpoint:
-        raise ValueError('its weights are in shards-*/, which this quill does not read: resume it '
-                         'with quill at commit 906f3db and --checkpoint_format=full')
+        raise ValueError('its weights are in shards-*/, which this quill does not read: go on for '
+                         'one update with quill at commit 906f3db, --parallel=ddp and '
+                         '--checkpoint_format=full')
     if 'format' not in checkpoint:
         adopt_nanogpt(checkpoint)
     needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict,
@@ -145,7 +146,7 @@ def alternative(path):
             step = read_checkpoint(previous)['iter_num']
             return f'ckpt_prev.pt is good (step {step}): train.py takes it as --ckpt=ckpt_prev.pt'
         except ValueError:
-            return 'ckpt_prev.pt is damaged, too'
+            return 'ckpt_prev.pt cannot be used either'
     return 'train first, or give another --out_dir'
 
 
