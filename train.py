@@ -30,8 +30,8 @@ from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops
 
 # files
 out_dir = 'out'  # folder for checkpoints and metrics
-init_from = 'scratch'  # scratch | resume | auto: either | gpt2 ... gpt2-xl | DIR of a GPT-2
-ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume from; its settings apply unless given
+init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... gpt2-xl | GPT-2 DIR
+ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume; supplies all settings not given
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)
 eval_iters = 200  # batches of each split in an evaluation; 0: the whole split
@@ -45,11 +45,11 @@ wandb_project = 'quill'  # project there
 wandb_run_name = 'gpt'  # name of the run
 # data
 dataset = 'shakespeare_char'  # folder in data/
-gradient_accumulation_steps = 1  # micro-batches in an update, of all processes together
+gradient_accumulation_steps = 1  # micro-batches per update, summed over processes
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
 input_noise = 0.0  # fraction of input tokens replaced at random (regularizes)
-skip_batches = 0  # updates of data to skip in all; raise it on resuming to get past bad data
+skip_batches = 0  # total updates of data to skip; raise it on resuming to get past bad data
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -70,7 +70,7 @@ learning_rate = 1e-3  # peak learning rate of AdamW
 muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # momentum of Muon
 max_iters = 5000  # number of updates
-train_iters = 0  # updates of this process, then stop to be resumed; 0: no limit
+train_iters = 0  # updates before this launch stops (and can be resumed); 0: no limit
 weight_decay = 0.1  # of matrices
 beta1 = 0.9  # decay of AdamW's mean of gradients
 beta2 = 0.95  # decay of AdamW's mean of squared gradients
@@ -116,7 +116,7 @@ _defaults, _given = {}, set()  # filled by configure: all settings; the keys in 
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
 LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
-  dt       seconds per update (mean)           dtf, dtb     forward, backward: last update
+  dt       seconds per update (mean)           dtf, dtb     forward and backward time
   sps      sequences per second                sps_per_gpu  the same per process
   tps      tokens per second                   tps_per_gpu  the same per process
   mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
@@ -272,13 +272,13 @@ def settings():
     return {key: globals()[key] for key in _defaults}
 
 def read_settings(argv):
-    """Apply argv; return the checkpoint to resume from and the lock on out_dir, each or None."""
+    """Apply argv; return the checkpoint to resume (or None) and the lock of out_dir (or None)."""
     def resuming():
         return init_from == 'resume' or init_from == 'auto' and any(map(os.path.exists, paths()))
 
     def paths():
         return [os.path.join(out_dir, name) for name in (ckpt, 'ckpt_prev.pt')]
-    # on resuming, conflicts between settings show only once the checkpoint's are known
+    # on resuming, check for conflicts only once the checkpoint's settings are known
     configure(globals(), argv, check=lambda: [] if resuming() else check_settings())
     checkpoint = out_lock = None
     if resuming():
@@ -318,7 +318,7 @@ def model_shape(vocab_size):
                      **{name: globals()[name] for name in names})
 
 def check_resume(checkpoint, data_id, tokenizer, process):
-    """Fail if data or settings contradict the checkpoint, or ranks its step."""
+    """Fail if data or settings contradict the checkpoint, or if ranks disagree about its step."""
     problems = []
     if checkpoint:
         problems = checkpoints.contradictions(checkpoint, data_id, tokenizer, settings())
@@ -415,7 +415,7 @@ def make_optimizers(model, process):
     # fused: one pass over the parameters instead of a dozen
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
     if matrices:
-        # in float16, small entries would underflow
+        # never float16: small entries underflow
         dtype = torch.bfloat16 if process.dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(matrices, muon_lr, muon_momentum, weight_decay, dtype))
     return optimizers
@@ -494,7 +494,7 @@ def update(learner, batches, factor, signals=(), timed=True):
         dtf += t1 - t0
         dtb += process.clock(timed) - t1
 
-    # sum over all ranks; signals are read last: one during this update still ends the run
+    # sum over all ranks; signals are read last, so one sent during this update ends the run
     sums[1] = bool(signals)
     if sharded:
         sums = process.all_reduce(sums) / process.world_size
