@@ -135,6 +135,7 @@ class Progress:
     best_val_loss: float = math.inf
     train_seconds: float = 0.0  # time spent in updates only
 
+@runs.guarded()
 def main(argv=None):
     """Train as argv says (by default the command line)."""
     checkpoint, out_lock = read_settings(argv)

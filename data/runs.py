@@ -1,5 +1,5 @@
 """
-A training run: its files in out_dir, and the signals that end it.
+A training run: its files in out_dir, its output, and the signals that end it.
 """
 import contextlib
 import json
@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import sys
 import time
 
 from configurator import HERE, fail, first_line
@@ -60,16 +61,14 @@ def keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model):
     paths = [path for path in paths if os.path.exists(path)]
     # at most three ckpt.pt (weights, and two moments of AdamW) and two model.pth at a time
     need = (3 * 3 + 2) * 4 * sum(p.numel() for p in model.parameters())
+    have = sum(map(os.path.getsize, paths)) if resumed_at >= 0 else 0
+    need_space(out_dir, need - have, 'checkpoints will take')
     if resumed_at >= 0:
-        need -= sum(map(os.path.getsize, paths))
-        need_space(out_dir, need, 'checkpoints will take')
         for path in paths:  # what is newer than the checkpoint that this run goes on from
             name, step = os.path.basename(path), saved_step(path)
             if name != ckpt and (name == 'ckpt.pt' or step > resumed_at):
                 rename_aside(path, step)
-        return out_lock
-    need_space(out_dir, need, 'checkpoints will take')
-    if paths or read_metrics(out_dir):
+    elif paths or read_metrics(out_dir):
         rename_aside(out_dir, max([0, *map(saved_step, paths)]))
         out_lock = claim(out_dir)
     return out_lock
@@ -190,10 +189,15 @@ def start_wandb(project, name, config):
 
 
 # -----------------------------------------------------------------------------
-# signals
+# signals and standard output
+
+# Ctrl-C, kill, a closed terminal, Slurm's --signal=USR1; Windows has the first two
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
+           if hasattr(signal, name)]
+
 
 def catch_signals(process):
-    """Return a list to which SIGINT and SIGTERM are appended; a second Ctrl-C exits at once."""
+    """Return a list to which SIGNALS are appended; a second Ctrl-C exits at once."""
     signals, times = [], []
     # torchrun repeats the terminal's Ctrl-C, so within a second it is not a second one
     echo_s = 1 if process.world_size > 1 else 0
@@ -201,8 +205,46 @@ def catch_signals(process):
     def on_signal(number, frame):
         if signals and number == signal.SIGINT and time.monotonic() - times[0] > echo_s:
             os._exit(130)
+        if not signals and process.is_main:
+            with contextlib.suppress(OSError):  # os.write, because print must not be interrupted
+                os.write(2, b'stopping after this update; Ctrl-C again quits without saving\n')
         signals.append(number)
         times.append(time.monotonic())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, on_signal)
     return signals
+
+
+class Output:
+    """A standard output whose failure ends no run: what cannot be written is lost."""
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work, *arguments):
+        try:
+            work(*arguments)
+        except OSError:  # a closed pipe or a full disk: nothing more goes there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def guarded():
+    """Survive a failing standard output; at the end, put signal handlers and output back."""
+    stdout, handlers = sys.stdout, {number: signal.getsignal(number) for number in SIGNALS}
+    sys.stdout = Output(stdout)
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

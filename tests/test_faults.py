@@ -37,6 +37,12 @@ A process gets SIGTERM, or Ctrl-C.
     test_sigterm_during_an_evaluation_loses_nothing
     test_sigterm_during_a_save_or_the_compilation_loses_nothing
     test_under_torchrun_all_ranks_leave_on_the_same_step
+The output goes away or its disk is full; then SIGTERM, SIGHUP or SIGUSR1.
+    Training goes on and metrics.jsonl gets every line. The signal ends the run with its save.
+    Signals that were ignored at the start stay ignored.
+    test_an_output_that_goes_away_ends_no_run_and_a_signal_saves_it
+    test_a_run_whose_output_is_on_a_full_disk_ends_well
+    test_a_signal_that_was_ignored_stays_ignored
 A process gets a second Ctrl-C.
     It exits at once; the last checkpoint remains.
     test_a_second_ctrl_c_leaves_at_once
@@ -1055,6 +1061,54 @@ def test_data_is_known_by_its_content_and_not_by_its_name(train_run, broken, tmp
     (broken / 'meta.json').write_text(json.dumps(meta | {'sha256': 'f' * 64}))
     train_run('--init_from=resume', '--eval_only=True', '--dataset=broken')
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGHUP, 129),
+                                          (signal.SIGUSR1, 138)])
+def test_an_output_that_goes_away_ends_no_run_and_a_signal_saves_it(project, tmp_path, number,
+                                                                    code):
+    out = tmp_path / 'out'
+    child = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000',
+                  '--peak_tflops=1', f'--out_dir={out}')
+    wait_for(child, '^step=3 ')
+    child.stdout.close()  # as if `tee` or `head` had ended
+    seen = len(metrics(out)[0])
+    deadline = time.monotonic() + 30
+    while len(metrics(out)[0]) < seen + 20 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(number)
+    err = child.stderr.read()
+    assert child.wait(60) == code and 'Traceback' not in err and 'BrokenPipe' not in err
+    assert err.count('stopping after this update; Ctrl-C again quits without saving') == 1
+    assert load(out)['iter_num'] == metrics(out)[0][-1]['step'] >= seen + 20
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_run_whose_output_is_on_a_full_disk_ends_well(project, tmp_path):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, str(project / 'train.py'), *FAST, '--max_iters=3',
+             '--peak_tflops=1', f'--out_dir={tmp_path / "out"}'],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == '' and load(tmp_path / 'out')['iter_num'] == 3
+
+
+def test_a_signal_that_was_ignored_stays_ignored(project, tmp_path):
+    child = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000',
+                  '--peak_tflops=1', f'--out_dir={tmp_path / "out"}',
+                  preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(child, '^step=3 ')
+    child.send_signal(signal.SIGHUP)
+    wait_for(child, r'^step=\d*50 ')
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=60)
+    assert child.returncode == 143
+
+
+def test_main_puts_signal_handlers_and_output_back(tmp_path):
+    before = [signal.getsignal(number) for number in runs.SIGNALS], sys.stdout
+    train.main([*FAST, '--max_iters=1', '--peak_tflops=1', f'--out_dir={tmp_path / "out"}'])
+    assert ([signal.getsignal(number) for number in runs.SIGNALS], sys.stdout) == before
 
 
 def test_what_a_cut_off_save_has_left_is_removed(train_run, tmp_path):
