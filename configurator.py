@@ -319,7 +319,8 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
         torch.use_deterministic_algorithms(True)
     if local_world_size > 1 and device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS') == '1':
         # torchrun's default of one thread: share all cores instead
-        torch.set_num_threads(max(1, count_cores() // local_world_size))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_world_size))
     if compile == 'auto':
         compile = worth_compiling(device.type, micro_batches / world_size)
     if device.type == 'cpu' and not compile:
@@ -340,9 +341,6 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
     processes = f'{world_size} processes (backend={backend})' if world_size > 1 else '1 process'
     process.print(f'using device={device} ({name}), {dtype=!s}, {compile=!s}, {processes}')
     return process
-
-def count_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def pick_device(device='auto', local_rank=0):
     """Return the torch.device: --device, or env TORCH_DEVICE, or the first of cuda, mps, cpu."""

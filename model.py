@@ -454,6 +454,18 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     choice = torch.multinomial(p, 1, generator=generator)
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
 
+def shard(model, process):
+    """Shard the parameters over all processes (FSDP2); a block is gathered when it is needed."""
+    from torch.distributed.device_mesh import init_device_mesh  # here: slow to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy()
+    if process.dtype != torch.float32:  # gather in bfloat16, sum gradients in float32
+        policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
 # -----------------------------------------------------------------------------
 # the optimizer of its matrices
 

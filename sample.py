@@ -161,8 +161,7 @@ class Text:
 # -----------------------------------------------------------------------------
 # weights of fewer bytes for generation on a CPU, where a token takes as long as reading them
 
-# kernels for x86: products of float32 inputs with weights in float16
-FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
+FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines  # x86: weights in float16
 
 def pick_dtype(kind, dtype, quantize, num_samples):
     """Return the name of the dtype of weights in which a device of this kind generates fastest."""

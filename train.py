@@ -23,7 +23,7 @@ from data.datasets import open_dataset
 from data.downloads import gpt2_folder
 from data.tokenizers import continue_text, pick_prompt, tokenizer_from_dict
 from data.windows import divide
-from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops
+from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops, shard
 
 # -----------------------------------------------------------------------------
 # settings; the defaults train a 10M-parameter character GPT on Shakespeare
@@ -34,7 +34,7 @@ init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... gp
 ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume; supplies all settings not given
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)
-eval_iters = 200  # batches of each split in an evaluation; 0: the whole split
+eval_iters = 200  # batches of each split in an evaluation (at most 10 in the first); 0: all
 eval_only = False  # evaluate once, write nothing and exit
 log_interval = 10  # updates between log lines
 always_save_checkpoint = False  # write model.pth at every evaluation, even if not best
@@ -184,8 +184,7 @@ def main(argv=None):
 
     # train_seconds counts updates only, without evaluation, sampling and saving
     last_log = replace(progress)
-    stop, overflows = False, 0
-    t0 = time.perf_counter()
+    stop, overflows, t0 = False, 0, time.perf_counter()
     while True:
         it = progress.iter_num
 
@@ -193,7 +192,8 @@ def main(argv=None):
         due = (it % eval_interval == 0 or it == last_iter) and it != resumed_at
         if due:
             t1 = time.perf_counter()
-            train_loss, val_loss = evaluate(learner, train_data), evaluate(learner, val_data)
+            n = eval_iters if it else min(eval_iters or 10, 10)  # a rough figure before training
+            train_loss, val_loss = (evaluate(learner, d, n) for d in (train_data, val_data))
             if not math.isfinite(train_loss + val_loss):
                 checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
             # random weights are never saved as the best
@@ -308,8 +308,12 @@ def check_settings():
         problems.append('--parallel=fsdp needs --optimizer=adamw: muon needs whole matrices')
     if decay_lr and 0 < lr_decay_iters < warmup_iters:
         problems.append(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}')
-    if decay_lr and min_lr > learning_rate:
+    if decay_lr and min_lr > learning_rate and 'min_lr' in _given:
         problems.append(f'min_lr={min_lr} is above learning_rate={learning_rate}')
+    elif decay_lr and min_lr > learning_rate:  # as far below as the default
+        globals()['min_lr'] = learning_rate / 10
+        if torchrun('RANK', 0) == 0:
+            print(f'note: min_lr={min_lr:g}, a tenth of learning_rate={learning_rate:g}')
     return problems
 
 def model_shape(vocab_size):
@@ -391,18 +395,6 @@ def make_learner(model, process):
         for p, grad in zip(params, learner.sums.split(sizes)):
             p.grad = grad.view_as(p)
     return learner
-
-def shard(model, process):
-    """Shard the parameters over all processes (FSDP2); a block is gathered when it is needed."""
-    from torch.distributed.device_mesh import init_device_mesh  # here: slow to import
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    policy = MixedPrecisionPolicy()
-    if process.dtype != torch.float32:  # gather in bfloat16, sum gradients in float32
-        policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(process.device.type, (process.world_size,))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 def make_optimizers(model, process):
     """Return the optimizers of all parameters. Only matrices decay."""
@@ -541,12 +533,12 @@ def fraction_done(it, start, end):
 # evaluation and metrics
 
 @torch.no_grad()
-def evaluate(learner, data):
-    """Return the mean loss over eval_iters batches of data, the same ones every time."""
+def evaluate(learner, data, n):
+    """Return the mean loss over n batches of data, the same ones every time (0: over all data)."""
     process, model = learner.process, learner.model
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
     model.eval()
-    for idx, targets in data.eval_batches(eval_iters, batch_size, process):
+    for idx, targets in data.eval_batches(n, batch_size, process):
         with process.autocast():
             _, loss = model(process.to_device(idx), process.to_device(targets))
         if count := (targets >= 0).sum():
@@ -559,7 +551,7 @@ def evaluate(learner, data):
 def print_losses(learner, splits, meta):
     """Print loss, perplexity and bits per byte of each split."""
     for split, data in splits.items():
-        loss = evaluate(learner, data)
+        loss = evaluate(learner, data, eval_iters)
         bits = loss / math.log(2) * meta['tokens'][split] / meta['bytes'][split]
         perplexity = math.exp(loss) if loss < 700 else math.inf
         learner.process.print(f'{split}_loss={loss:.4f} perplexity={perplexity:.3f} '

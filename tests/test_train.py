@@ -375,8 +375,27 @@ def test_the_whole_split_is_evaluated_exactly_once(small_learner, tokens):
     assert len(losses) == 999
     for eval_iters, batch_size in ((0, 7), (9, 7), (100, 64), (0, 1)):
         configure(vars(train), [f'--eval_iters={eval_iters}', f'--batch_size={batch_size}'])
-        assert evaluate(learner, data) == pytest.approx(np.mean(losses), abs=1e-5)
+        assert evaluate(learner, data, eval_iters) == pytest.approx(np.mean(losses), abs=1e-5)
     assert model.training
+
+
+def test_the_evaluation_before_training_is_short(train_run, monkeypatch):
+    counts, real = [], Tokens.eval_batches
+    monkeypatch.setattr(Tokens, 'eval_batches', lambda self, count, *more: (
+        counts.append(count), real(self, count, *more))[1])
+    for eval_iters, first in ((12, 10), (3, 3), (0, 10)):
+        counts.clear()
+        train_run(f'--eval_iters={eval_iters}', '--max_iters=1', '--batch_size=1')
+        assert counts == [first] * 2 + [eval_iters] * 2
+
+
+def test_a_min_lr_that_nobody_gave_follows_the_learning_rate(train_run, capsys):
+    config = train_run('--learning_rate=3e-5', '--max_iters=2')['config']
+    assert config['min_lr'] == pytest.approx(3e-6)
+    assert 'note: min_lr=3e-06, a tenth of learning_rate=3e-05' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train_run('--learning_rate=3e-5', '--min_lr=1e-4')
+    assert 'min_lr=0.0001 is above learning_rate=3e-05' in capsys.readouterr().err
 
 
 def test_fewer_windows_are_spread_evenly_over_the_split(tokens):
