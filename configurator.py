@@ -107,8 +107,8 @@ def is_setting(name, value):
 def convert(key, value, defaults):
     """Return `value` in the type of the default of setting `key`; ValueError states the rule."""
     if key not in defaults:
-        nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown key '{key}': did you mean '{nearest}'? (--help lists all keys)")
+        close = [f": did you mean '{k}'?" for k in difflib.get_close_matches(key, defaults, n=1)]
+        raise ValueError(f"unknown key '{key}'{''.join(close)} (--help lists all keys)")
     value = value.item() if hasattr(value, 'item') else value  # a scalar of numpy or torch
     kind, given, auto = type(defaults[key]), value, defaults[key] == 'auto'
     if value in ('true', 'false') and (kind is bool or auto):

@@ -69,7 +69,8 @@ def main():
         model = load_model(path, checkpoint)
         tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
         loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
-        print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}, best val loss {loss:.4f}'
+        known = f', best val loss {loss:.4f}' if loss < math.inf else ''  # inf: not evaluated yet
+        print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}{known}'
               + f', as {quantize}' * bool(quantize))
     else:
         with one_line_errors(f'--init_from={init_from}: '):

@@ -404,3 +404,10 @@ def test_another_package_called_data_is_not_imported(project, tmp_path):
     (tmp_path / 'data' / '__init__.py').write_text('raise RuntimeError("the wrong one")')
     for name in ('train.py', 'sample.py', 'data/text/prepare.py'):
         script(project, name, '--help', cwd=tmp_path, env={'PYTHONPATH': str(tmp_path)})
+
+
+def test_only_close_names_are_suggested(namespace, capsys):
+    for argument, line in (('--widht=3', "unknown key 'widht': did you mean 'width'? (--help"),
+                           ('--epochs=3', "unknown key 'epochs' (--help lists all keys)")):
+        found, = fails(capsys, configure, namespace, [argument])
+        assert line in found
