@@ -80,13 +80,12 @@ def rename_aside(path, step):
     stem, extension = os.path.splitext(path.rstrip('/' + os.sep))
     if os.path.isdir(path):
         stem, extension = stem + extension, ''
-    kept = f'{stem}-{step}-{date}{extension}'
+    names = (f'{stem}-{step}-{date}{number}{extension}' for number in ('', *range(-2, -1000, -1)))
+    kept = next(name for name in names if not os.path.exists(name))  # with -2, -3 ... if need be
     real = os.path.realpath(path)
     try:
         if any(os.path.commonpath([real, d]) == real for d in (os.path.realpath('.'), HERE)):
             raise OSError(0, 'it is or holds the current folder, or quill itself')
-        if os.path.exists(kept):
-            raise OSError(0, f'{kept} exists already')
         os.rename(path, kept)
     except OSError as e:
         fail(f'{path} holds an earlier run and cannot be renamed ({e.strerror}): '

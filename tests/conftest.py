@@ -5,6 +5,7 @@ The copy comes first on sys.path, so `import train` imports the copy, with its o
 checkpoints.log. It holds the dataset `topics`: Python's own documentation, in characters.
 """
 import atexit
+import gc
 import json
 import math
 import os
@@ -83,6 +84,7 @@ def train_run(tmp_path):
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
+            gc.collect()  # ends the lock of out_dir, which a reference cycle may hold
         return torch.load(os.path.join(out, 'ckpt.pt'), weights_only=True)
     return go
 

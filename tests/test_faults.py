@@ -1111,6 +1111,17 @@ def test_main_puts_signal_handlers_and_output_back(tmp_path):
     assert ([signal.getsignal(number) for number in runs.SIGNALS], sys.stdout) == before
 
 
+def test_runs_of_the_same_step_and_second_are_all_kept(tmp_path):
+    for content in 'abc':
+        (tmp_path / 'ckpt.pt').write_text(content)
+        os.utime(tmp_path / 'ckpt.pt', (0, 10**9))
+        runs.rename_aside(str(tmp_path / 'ckpt.pt'), 5)
+    names = sorted(os.listdir(tmp_path), key=len)
+    assert [re.sub(r'\d{8}-\d{6}', 'DATE', name) for name in sorted(names, key=lambda n: (
+        len(n), n))] == ['ckpt-5-DATE.pt', 'ckpt-5-DATE-2.pt', 'ckpt-5-DATE-3.pt']
+    assert {(tmp_path / name).read_text() for name in names} == set('abc')
+
+
 def test_what_a_cut_off_save_has_left_is_removed(train_run, tmp_path):
     (tmp_path / 'out').mkdir()
     for name in ('ckpt.pt.123.tmp', 'model.pth.99.tmp', 'ckpt_prev.pt.tmp', 'mine.tmp'):
