@@ -79,7 +79,7 @@ def write_atomic(path, chunks):
     """Write an iterable of bytes to path. The file gets its name when it is complete."""
     try:
         with replace_file(path) as f:
-            write_chunks(f, chunks)
+            f.writelines(chunks)
     except OSError as e:
         cannot_write(path, e)
 

@@ -12,7 +12,7 @@ import time
 
 from configurator import HERE, fail, first_line
 from data.checkpoints import saved_step, unchanged
-from data.files import cannot_write, lock, need_space, replace_file
+from data.files import cannot_write, lock, need_space, replace_file, write_atomic
 
 RUNS_LOG = os.path.join(HERE, 'checkpoints.log')  # one out_dir a line, the latest run last
 
@@ -126,11 +126,7 @@ class Metrics:
         self.out_dir, self.wandb = out_dir, wandb
         self.path = os.path.join(out_dir, 'metrics.jsonl')
         rows = [json.dumps(row) + '\n' for row in read_metrics(out_dir) if row['step'] <= step]
-        try:
-            with replace_file(self.path) as f:
-                f.write(''.join(rows).encode())
-        except OSError as e:
-            cannot_write(self.path, e)
+        write_atomic(self.path, [''.join(rows).encode()])
 
     def write(self, **row):
         # JSON has no inf and nan
