@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import datetime
 import difflib
-import functools
 import hashlib
 import importlib.util
 import os
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from model import product_flops
+from model import cpu_multiplies_bfloat16
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
@@ -368,16 +367,6 @@ def pick_dtype(kind):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return 'bfloat16' if native else 'float16'
     return 'bfloat16' if kind == 'cpu' and cpu_multiplies_bfloat16() else 'float32'
-
-@functools.cache
-def cpu_multiplies_bfloat16():
-    """Return whether this CPU multiplies bfloat16 faster than float32.
-
-    bfloat16 is many times faster than float32 with AMX, twice as fast on AMD's avx512_bf16, and
-    half as fast on Intel's avx512_bf16 without AMX, so that case is timed (20 ms).
-    """
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() \
-        and product_flops(512, torch.bfloat16) > product_flops(512, torch.float32)
 
 def keep_memory():
     """Make glibc's malloc keep freed memory, in huge pages: a third less time for an update."""

@@ -1,5 +1,5 @@
 """
-GPT-2 and its modern variants: the layers, the key-value cache, and weights in and out.
+GPT-2 and its modern variants: the layers, the key-value cache, and generation.
 
     model = GPT(GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384))
     logits, loss = model(idx, targets)
@@ -9,9 +9,8 @@ The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2). Modules 
 state_dict have GPT-2's names. Shapes in comments:
 B batch, T time, C n_embd, H heads, D head_dim, V vocab, S cached positions.
 """
-import json
+import functools
 import math
-import os
 import re
 import time
 from dataclasses import dataclass, fields
@@ -20,8 +19,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
-from data.safetensors import read_safetensors, write_safetensors
 
 
 @dataclass
@@ -66,26 +63,6 @@ class GPTConfig:
         problems += [problem for problem, holds in rules.items() if not holds]
         if problems:
             raise ValueError('; '.join(problems))
-
-    @classmethod
-    def from_pretrained(cls, folder, block_size=0, dropout=0.0):
-        """Return the shape of the GPT-2 in folder; see GPT.from_pretrained."""
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            c = json.load(f)
-        activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
-        activation = activations.get(c.get('activation_function', 'gelu_new'))
-        if c.get('model_type') != 'gpt2' or not activation:
-            raise ValueError(f'{folder}/config.json does not describe a GPT-2')
-        for key, ours in (('layer_norm_epsilon', 1e-5), ('scale_attn_weights', True),
-                          ('scale_attn_by_inverse_layer_idx', False)):
-            if c.get(key, ours) != ours:
-                raise ValueError(f'{folder}/config.json has {key}={c[key]}, quill has {ours}')
-        if not 0 <= block_size <= c['n_positions']:
-            raise ValueError(f'block_size={block_size} but it has {c["n_positions"]} positions')
-        return cls(
-            block_size=block_size or c['n_positions'], vocab_size=c['vocab_size'],
-            n_layer=c['n_layer'], n_head=c['n_head'], n_embd=c['n_embd'], dropout=dropout,
-            bias=True, activation=activation, tie_weights=c.get('tie_word_embeddings', True))
 
 class SquaredReLU(torch.autograd.Function):
     """relu(x)**2 (https://arxiv.org/abs/2109.08668) with a backward of two operations, not five."""
@@ -302,66 +279,6 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    @classmethod
-    def from_pretrained(cls, folder, block_size=0, dropout=0.0):
-        """Return the GPT-2 in folder: config.json and model.safetensors of transformers.
-
-        block_size > 0 keeps only that many positions. Raises ValueError for other models.
-        """
-        model = cls(GPTConfig.from_pretrained(folder, block_size, dropout))
-        path = os.path.join(folder, 'model.safetensors')
-        own, loaded = model.state_dict(), set()
-        for name, tensor in read_safetensors(path).items():
-            if name != 'lm_head.weight' and not name.startswith('transformer.'):
-                name = f'transformer.{name}'  # OpenAI's own files leave it out
-            if name.endswith(('.attn.bias', '.attn.masked_bias')):
-                continue  # the causal mask
-            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-                tensor = tensor.t()  # GPT-2 stores the matrices of its blocks as (in, out)
-            if name == 'transformer.wpe.weight':
-                tensor = tensor[:model.config.block_size]
-            if name not in own or own[name].shape != tensor.shape:
-                raise ValueError(f'{path}: {name} {tuple(tensor.shape)} does not fit config.json')
-            own[name].copy_(tensor)
-            loaded.add(name)
-        missing = set(own) - loaded - ({'lm_head.weight'} if model.config.tie_weights else set())
-        if missing:
-            raise ValueError(f'{path} lacks {min(missing)}')
-        return model
-
-    def save_pretrained(self, folder, eot=None):
-        """Write config.json and model.safetensors, which transformers.GPT2LMHeadModel reads.
-
-        eot: id of the end-of-text token. Missing biases are written as zeros. ValueError names a
-        setting that GPT-2 does not have.
-        """
-        c = self.config
-        gpt2 = {'activation': ('gelu', 'gelu_tanh'), 'norm': ('layernorm',), 'rotary': (False,),
-                'qk_norm': (False,), 'token_shift': (False,), 'softcap': (0.0,)}
-        for key, values in gpt2.items():
-            if getattr(c, key) not in values:
-                raise ValueError(f'{key}={getattr(c, key)} has no counterpart in GPT-2')
-        tensors = {}
-        for name, tensor in self.state_dict().items():
-            if name == 'lm_head.weight' and c.tie_weights:
-                continue
-            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-                tensor = tensor.t()
-            tensors[name] = tensor
-            if not c.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
-                tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(tensor.size(-1))
-        write_safetensors(tensors, os.path.join(folder, 'model.safetensors'))
-        config = {
-            'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'torch_dtype': 'float32',
-            'n_positions': c.block_size, 'n_ctx': c.block_size, 'vocab_size': c.vocab_size,
-            'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
-            'activation_function': 'gelu' if c.activation == 'gelu' else 'gelu_new',
-            'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': c.tie_weights,
-            'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout,
-            'bos_token_id': eot, 'eos_token_id': eot}
-        with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
-            json.dump(config, f, indent=1)
-
     def num_params(self, non_embedding=True):
         """Return the number of parameters, by default without those of learned positions."""
         n = sum(p.numel() for p in self.parameters())
@@ -512,7 +429,7 @@ def orthogonalize(x):
     return wide if x.size(-2) <= x.size(-1) else wide.mT
 
 # -----------------------------------------------------------------------------
-# peak FLOP/s
+# how fast a device multiplies
 
 # dense peak TFLOP/s from the vendors' datasheets: (bfloat16 and float16, float32 or TF32);
 # the first name that occurs in the name of the device counts
@@ -542,3 +459,13 @@ def product_flops(n, dtype, device='cpu', clock=time.perf_counter, seconds=0.0):
         torch.nn.functional.linear(x, y)
         times.append(clock() - t0)
     return 2 * n**3 / min(times)
+
+@functools.cache
+def cpu_multiplies_bfloat16():
+    """Return whether this CPU multiplies bfloat16 faster than float32.
+
+    bfloat16 is many times faster than float32 with AMX, twice as fast on AMD's avx512_bf16, and
+    half as fast on Intel's avx512_bf16 without AMX, so that case is timed (20 ms).
+    """
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() \
+        and product_flops(512, torch.bfloat16) > product_flops(512, torch.float32)

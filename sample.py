@@ -18,11 +18,11 @@ import configurator
 from configurator import configure, fail, one_line_errors, pick_device, run_main, setup
 from data.checkpoints import load_checkpoint, load_model
 from data.datasets import read_text
-from data.downloads import gpt2_folder
 from data.files import cannot_write
+from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
 from data.runs import read_runs
 from data.tokenizers import GPT2Tokenizer, encode_prompt, tokenizer_from_dict
-from model import GPT
+from model import cpu_multiplies_bfloat16
 
 # -----------------------------------------------------------------------------
 # settings
@@ -74,7 +74,7 @@ def main():
               + f', as {quantize}' * bool(quantize))
     else:
         with one_line_errors(f'--init_from={init_from}: '):
-            model = GPT.from_pretrained(gpt2_folder(init_from))
+            model = load_gpt2(gpt2_folder(init_from))
             if model.config.vocab_size < GPT2Tokenizer.vocab_size:
                 raise ValueError('this folder has another vocabulary than GPT-2, and holds no '
                                  'tokenizer: use the checkpoint it was exported from')
@@ -128,7 +128,7 @@ def export_model(model, tokenizer):
     with one_line_errors(f'--export={export}: '):
         os.makedirs(export, exist_ok=True)
         try:
-            model.save_pretrained(export, tokenizer.eot)
+            save_gpt2(model, export, tokenizer.eot)
             tokenizer.save_pretrained(export)
         except (ValueError, OSError) as e:
             shutil.rmtree(export, ignore_errors=True)
@@ -170,7 +170,7 @@ def pick_dtype(kind, dtype, quantize, num_samples):
         return dtype
     if quantize:
         return 'float32'
-    if num_samples > 1 and configurator.cpu_multiplies_bfloat16():
+    if num_samples > 1 and cpu_multiplies_bfloat16():
         return 'bfloat16'
     return 'float16' if FBGEMM else 'bfloat16' if num_samples == 1 else 'float32'
 

@@ -20,7 +20,7 @@ import configurator
 from configurator import Process, configure, fail, one_line_errors, run_main, setup, torchrun
 from data import checkpoints, runs
 from data.datasets import open_dataset
-from data.downloads import gpt2_folder
+from data.gpt2 import gpt2_config, gpt2_folder, load_gpt2
 from data.tokenizers import continue_text, pick_prompt, tokenizer_from_dict
 from data.windows import divide
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops, shard
@@ -346,7 +346,7 @@ def make_model(checkpoint, vocab_size, process):
     else:
         with one_line_errors(f'--init_from={init_from}: '):
             folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
-            shape = GPTConfig.from_pretrained(folder, block_size, dropout)
+            shape = gpt2_config(folder, block_size, dropout)
     problems = [f'{k}={globals()[k]} but the model of init_from={init_from} has {k}={v}'
                 for k, v in asdict(shape).items() if k in _given and globals()[k] != v]
     if shape.vocab_size not in (vocab_size, model_shape(vocab_size).vocab_size):
@@ -357,7 +357,7 @@ def make_model(checkpoint, vocab_size, process):
     if checkpoint:
         return model
     with one_line_errors(f'--init_from={init_from}: '):
-        return GPT.from_pretrained(gpt2_folder(init_from, process=process), block_size, dropout)
+        return load_gpt2(gpt2_folder(init_from, process=process), block_size, dropout)
 
 @dataclass
 class Learner:

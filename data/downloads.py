@@ -3,7 +3,6 @@ Downloads, from web addresses and from the Python package index.
 
 A file gets its final name only when it is complete and on the disk.
 """
-import glob
 import hashlib
 import os
 import subprocess
@@ -13,12 +12,9 @@ import tempfile
 import time
 import zipfile
 
-from configurator import fail
 from data.files import cannot_write, lock, sha256_file, write_atomic, write_chunks
 
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
-GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-GPT2_FILES = ('config.json', 'model.safetensors')
 
 
 class DownloadError(Exception):
@@ -70,37 +66,6 @@ def download_resumable(url, path, sha256=None):
         raise
     except OSError as e:
         cannot_write(part, e)
-
-
-def gpt2_folder(name, files=GPT2_FILES, process=None):
-    """Return the folder that holds these files of a GPT-2. Missing files are downloaded.
-
-    name: one of GPT2_NAMES, or a folder, which is returned as it is. The files are taken from
-    Hugging Face's cache ($HF_HOME) if they are there, otherwise from data/gpt2_weights.
-    process: makes one rank of each node download while the other ranks wait.
-    """
-    if name not in GPT2_NAMES:
-        if not os.path.isdir(name):
-            fail(f'init_from={name}: init_from is one of resume, {", ".join(GPT2_NAMES)}, '
-                 'or a folder with config.json and model.safetensors')
-        return name
-    if process:
-        process.once_per_node(lambda: gpt2_folder(name, files))
-    cache = os.environ.get('HF_HOME', os.path.expanduser('~/.cache/huggingface'))
-    for repository in (f'models--openai-community--{name}', f'models--{name}'):
-        for folder in glob.glob(os.path.join(cache, 'hub', repository, 'snapshots', '*')):
-            if all(os.path.exists(os.path.join(folder, file)) for file in files):
-                return folder
-    folder = os.path.join(DATA_DIR, 'gpt2_weights', name)
-    for file in files:
-        path = os.path.join(folder, file)
-        url = f'{hub_address()}/openai-community/{name}/resolve/main/{file}'
-        try:
-            if not os.path.exists(path):
-                download_resumable(url, path)
-        except DownloadError as e:
-            fail(f'no weights of {name}: {e}. Get {url} by other means and save it as {path}')
-    return folder
 
 
 def hub_address():

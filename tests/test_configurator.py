@@ -14,6 +14,7 @@ from conftest import ROOT, script
 import bench
 import configurator
 import data.hellaswag.evaluate as evaluate
+import model
 import sample
 import train
 from configurator import Process, configure, pick_device, run_main, setup, worth_compiling
@@ -274,9 +275,9 @@ def test_dtype_auto_is_bfloat16_if_the_cpu_is_fast_at_it(monkeypatch, capsys, am
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
     flops = {torch.float32: 1, torch.bfloat16: 1 / ratio}
-    monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: flops[dtype])
+    monkeypatch.setattr(model, 'product_flops', lambda n, dtype: flops[dtype])
     monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16',
-                        configurator.cpu_multiplies_bfloat16.__wrapped__)
+                        model.cpu_multiplies_bfloat16.__wrapped__)
     process = setup(device='cpu')
     assert process.dtype == getattr(torch, expected)
     assert f'dtype={expected}' in capsys.readouterr().out

@@ -28,8 +28,9 @@ import data.openwebtext.prepare as openwebtext
 import data.shakespeare.prepare as shakespeare
 import data.text.prepare as own_text
 from configurator import Process, configure
-from data import datasets, downloads, files
-from data.downloads import DownloadError, download, download_resumable, fetch, gpt2_folder
+from data import datasets, downloads, files, gpt2
+from data.downloads import DownloadError, download, download_resumable, fetch
+from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 from model import GPT, GPTConfig
 
@@ -683,7 +684,7 @@ GPT2_BASE = '/openai-community/gpt2/resolve/main/'
 @pytest.fixture
 def gpt2_hub(hub, tmp_path, monkeypatch):
     """Make the hub serve a tiny model as gpt2, for an empty cache; return the model."""
-    monkeypatch.setattr(downloads, 'DATA_DIR', str(tmp_path / 'data'))
+    monkeypatch.setattr(gpt2, 'DATA_DIR', str(tmp_path / 'data'))
     monkeypatch.setenv('HF_ENDPOINT', hub)
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
     model = gpt2_like(tmp_path / 'made')
@@ -697,7 +698,7 @@ def gpt2_like(folder):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=8))
     os.makedirs(folder)
-    model.save_pretrained(folder)
+    save_gpt2(model, folder)
     return model
 
 
@@ -714,7 +715,7 @@ def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(gpt2_hub, 
     folder = gpt2_folder('gpt2')
     assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2')
     assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
-    back = GPT.from_pretrained(folder).state_dict()
+    back = load_gpt2(folder).state_dict()
     assert all(torch.equal(back[k], v) for k, v in gpt2_hub.state_dict().items())
     assert (GPT2_BASE + 'config.json', 100) in Hub.requests  # it continued
     Hub.requests.clear()

@@ -7,7 +7,6 @@ import torch
 from conftest import metrics, script
 from torch import nn
 
-import configurator
 import sample
 from configurator import configure
 from data import runs
@@ -214,7 +213,7 @@ def test_an_export_that_finds_no_space_leaves_nothing(trained, sampled, tmp_path
         with open(os.path.join(folder, 'model.safetensors'), 'wb') as f:
             f.write(b'half')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(sample.GPT, 'save_pretrained', full)
+    monkeypatch.setattr(sample, 'save_gpt2', full)
     with pytest.raises(SystemExit) as e:
         sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
     assert e.value.code == 1 and 'No space left' in capsys.readouterr().err
@@ -390,6 +389,6 @@ def test_weights_are_stored_for_the_kernels_that_the_machine_has(
     ('cpu', 'auto', '', 10, False, False, 'float32')])
 def test_the_dtype_of_weights_is_the_fastest_for_the_machine(
         kind, dtype, quantize, num_samples, bf16, fbgemm, expected, monkeypatch):
-    monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16', lambda: bf16)
+    monkeypatch.setattr(sample, 'cpu_multiplies_bfloat16', lambda: bf16)
     monkeypatch.setattr(sample, 'FBGEMM', fbgemm)
     assert sample.pick_dtype(kind, dtype, quantize, num_samples) == expected

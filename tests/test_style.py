@@ -59,7 +59,8 @@ def test_no_line_is_longer_than_100_columns(name):
 
 
 @pytest.mark.parametrize('name, forbidden', [
-    ('model.py', {'train', 'sample', 'bench'}), ('sample.py', {'train', 'bench'}),
+    ('model.py', {'train', 'sample', 'bench', 'configurator', 'data'}),
+    ('sample.py', {'train', 'bench'}),
     ('configurator.py', {'train', 'sample', 'bench'}), ('train.py', {'sample', 'bench'})])
 def test_imports_go_one_way(name, forbidden):
     assert not imports(read(name)) & forbidden

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import DTYPES, configure, fail, one_line_errors, run_main, setup
-from data.downloads import DATA_DIR, GPT2_NAMES, DownloadError, download_resumable, gpt2_folder
+from data.downloads import DATA_DIR, DownloadError, download_resumable
+from data.gpt2 import GPT2_NAMES, gpt2_folder, load_gpt2
 from data.tokenizers import GPT2Tokenizer
-from model import GPT
 
 # -----------------------------------------------------------------------------
 # settings
@@ -45,7 +45,7 @@ def main():
         rows = [json.loads(line) for line in f]
     tokenizer = GPT2Tokenizer()
     with one_line_errors(f'--init_from={init_from}: '):
-        model = GPT.from_pretrained(gpt2_folder(init_from, process=process))
+        model = load_gpt2(gpt2_folder(init_from, process=process))
     if model.config.vocab_size < tokenizer.vocab_size:
         fail(f'--init_from={init_from}: its vocabulary of {model.config.vocab_size} is not that of '
              'GPT-2')
