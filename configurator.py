@@ -9,14 +9,12 @@ From the command line to a ready process: what all scripts share.
 import ast
 import atexit
 import contextlib
-import ctypes
 import datetime
 import difflib
 import hashlib
-import importlib.util
 import os
+import pathlib
 import re
-import shutil
 import signal
 import sys
 import time
@@ -27,7 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from model import cpu_multiplies_bfloat16
+from model import cpu_multiplies_bfloat16, keep_memory, worth_compiling
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
@@ -50,8 +48,17 @@ def fail(*problems, code=2):
         prefix = f'rank {rank}: '
     sys.stdout.flush()
     for problem in problems:
-        print(f'error: {prefix}{problem}', file=sys.stderr, flush=True)
+        if code != 2 or is_news(problem):
+            print(f'error: {prefix}{problem}', file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+def is_news(problem):
+    """Return whether no earlier attempt of torchrun --max-restarts has reported the problem."""
+    if 'TORCHELASTIC_ERROR_FILE' not in os.environ:
+        return True
+    folder = pathlib.Path(os.environ['TORCHELASTIC_ERROR_FILE']).parents[2]  # of all attempts
+    mark = folder / hashlib.sha256(problem.encode()).hexdigest()
+    return not mark.exists() and mark.touch() is None
 
 def first_line(e):
     """Return the first line of an exception's message, or its name if it has no message."""
@@ -63,7 +70,8 @@ def one_line_errors(prefix='', kinds=(ValueError, OSError, KeyError, TypeError, 
     try:
         yield
     except kinds as e:
-        fail(prefix + (first_line(e) if isinstance(e, (ValueError, OSError)) else repr(e)))
+        unclear = isinstance(e, (KeyError, TypeError, AttributeError))
+        fail(prefix + (repr(e) if unclear else first_line(e)))
 
 def run_main(main):
     """Call main() and exit; Ctrl-C, out of memory and lost processes end in one line."""
@@ -79,8 +87,10 @@ def run_main(main):
         except (MemoryError, RuntimeError) as e:
             # on a CPU, torch has no exception of its own for this
             if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(e):
-                fail('out of memory: halve batch_size and double gradient_accumulation_steps: '
-                     + first_line(e), code=1)
+                fail('out of memory: halve batch_size and double gradient_accumulation_steps, or '
+                     'take a smaller model: ' + first_line(e), code=1)
+            if 'Unable to find address' in str(e):
+                fail(f'GLOO_SOCKET_IFNAME is no network interface of this machine: {first_line(e)}')
             if isinstance(e, dist.DistError) or 'gloo' in str(e):  # gloo's errors have no class
                 fail('another process has ended, or has not answered within timeout_s: '
                      + first_line(e), code=1)
@@ -98,6 +108,10 @@ def run_main(main):
 # -----------------------------------------------------------------------------
 # configure: settings are module globals; config files and --key=value override them
 
+OTHER_NAMES = {'epochs': 'max_iters', 'steps': 'max_iters', 'iters': 'max_iters',
+               'lr': 'learning_rate', 'batch': 'batch_size', 'context_length': 'block_size',
+               'prompt': 'start sample_prompt', 'output_dir': 'out_dir', 'tokens': 'max_new_tokens'}
+PATHS = ('out_dir', 'init_from', 'export', 'input', 'tokenizer')  # settings in which ~ is home
 RULES = {bool: 'True or False', int: 'an integer of 64 bits', float: 'a number', str: 'a string'}
 
 def is_setting(name, value):
@@ -106,8 +120,11 @@ def is_setting(name, value):
 def convert(key, value, defaults):
     """Return `value` in the type of the default of setting `key`; ValueError states the rule."""
     if key not in defaults:
-        close = [f": did you mean '{k}'?" for k in difflib.get_close_matches(key, defaults, n=1)]
-        raise ValueError(f"unknown key '{key}'{''.join(close)} (--help lists all keys)")
+        close = [name for name in OTHER_NAMES.get(key, '').split() if name in defaults]
+        close += difflib.get_close_matches(key, defaults, n=1)
+        hint = f": did you mean '{close[0]}'?" if close else ''
+        raise ValueError(f"unknown key '{key}'{hint} (--help lists all keys; in a config file, the "
+                         'name of a variable of its own begins with _)')
     value = value.item() if hasattr(value, 'item') else value  # a scalar of numpy or torch
     kind, given, auto = type(defaults[key]), value, defaults[key] == 'auto'
     if value in ('true', 'false') and (kind is bool or auto):
@@ -122,15 +139,20 @@ def convert(key, value, defaults):
     kinds = (str, bool) if auto else (kind,)
     if type(value) not in kinds or kind is int and abs(value) > 2**63:
         raise ValueError(f'{key}={given!r}: {key} is {RULES[kind]}')
-    return value
+    return os.path.expanduser(value) if key in PATHS else value
+
+def find_config(name):
+    """Return the path of a config file, or None: its path, or the name of a file in config/."""
+    folders = ('', HERE, os.path.join(HERE, 'config'))
+    paths = [os.path.join(folder, name + end) for folder in folders for end in ('', '.py')]
+    return next((path for path in paths if path.endswith('.py') and os.path.isfile(path)), None)
 
 def read_config(path, config):
     """Run a config file; return {name: value} of what it assigns. ValueError names the line."""
     # names with a leading underscore, imports and functions are its own business
     scratch = dict(config, __file__=path)
     try:
-        with open(path, encoding='utf-8-sig') as f:
-            tree = ast.parse(f.read(), path)
+        tree = ast.parse(pathlib.Path(path).read_text(encoding='utf-8-sig'), path)
         exec(compile(tree, path, 'exec'), scratch)
     except (Exception, SystemExit) as e:
         frames = traceback.extract_tb(e.__traceback__)
@@ -167,20 +189,25 @@ def configure(namespace, argv=None, saved=None, base=None, check=lambda: []):
     config, given, problems = dict(defaults), set(), []
     saved = {k: v for k, v in (saved or {}).items() if k in defaults}
     override(config, saved, defaults, 'saved settings, ', problems)
+    # the scripts in data/ take no config files
+    configs = not os.path.abspath(namespace['__file__']).startswith(os.path.join(HERE, 'data'))
+    for arg in argv:  # first the form of all, because a config file is code, which runs
+        if not re.match('--.+?=', arg) and not (configs and find_config(arg)):
+            problems.append(f"'{arg}' is not --key=value" + ', nor a config file (.py)' * configs)
+    if problems:
+        fail(*problems)
     for arg in argv:
         key, equals, text = arg.removeprefix('--').partition('=')
-        # a config file lies where the user stands, or beside the scripts
-        path = arg if os.path.isfile(arg) else os.path.join(HERE, arg)
-        if arg.startswith('--') and equals:
+        if equals:
             given |= override(config, {key: text}, defaults, '', problems)
-        elif not arg.startswith('-') and os.path.isfile(path):
-            try:
-                pairs = read_config(path, config)
-                given |= override(config, pairs, defaults, f'{arg}, ', problems)
-            except ValueError as e:
-                problems.append(f'{arg}, {e}')
-        else:
-            problems.append(f"'{arg}' is neither --key=value nor a config file")
+            continue
+        try:
+            pairs = read_config(find_config(arg), config)
+            given |= override(config, pairs, defaults, f'{arg}, ', problems)
+            if not pairs:
+                problems.append(f'{arg} assigns no setting: is it a config file?')
+        except ValueError as e:
+            problems.append(f'{arg}, {e}')
     for space in spaces:
         space.update({k: config[k] for k in space['_defaults']}, _given=given)
         problems += check_values(config, space)
@@ -213,8 +240,7 @@ def print_help(spaces):
     print(f'{spaces[-1]["__doc__"]}\nusage: python {os.path.relpath(script, HERE)} '
           '[config.py ...] [--key=value ...]')
     for space in spaces:
-        with open(space['__file__'], encoding='utf-8') as f:
-            lines = f.read().splitlines()
+        lines = pathlib.Path(space['__file__']).read_text(encoding='utf-8').splitlines()
         for heading, line in zip([''] + lines, lines):
             setting = re.match(r'(\w+) = (.*?)  # (.*)', line)
             if not setting or setting[1] not in space['_defaults']:
@@ -273,6 +299,12 @@ class Process:
         """Return a torch.Generator seeded by derive_seed."""
         return torch.Generator(device).manual_seed(self.derive_seed(stream, *index))
 
+    def any(self, flag):
+        """Return whether flag is true on any process."""
+        if self.world_size > 1:
+            flag = self.all_reduce(torch.tensor(float(bool(flag)), device=self.device))
+        return bool(flag)
+
     def all_reduce(self, tensor):
         """Sum `tensor` over all processes in place and return it."""
         if self.world_size > 1:
@@ -305,6 +337,9 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
     """
     rank, local_rank = torchrun('RANK', 0), torchrun('LOCAL_RANK', 0)
     world_size, local_world_size = torchrun('WORLD_SIZE', 1), torchrun('LOCAL_WORLD_SIZE', 1)
+    if world_size > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(os.environ):
+        fail(f'WORLD_SIZE={world_size}, but RANK, MASTER_ADDR or MASTER_PORT is missing: '
+             'start the processes with torchrun')
     device = pick_device(device, local_rank)
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
@@ -316,10 +351,13 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-    if local_world_size > 1 and device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS') == '1':
-        # torchrun's default of one thread: share all cores instead
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_world_size))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if device.type == 'cpu' and local_world_size > 1:
+        if os.environ.get('OMP_NUM_THREADS') == '1':  # torchrun's default: share all cores instead
+            torch.set_num_threads(max(1, cores // local_world_size))
+        if local_world_size > cores and rank == 0:
+            print(f'note: {local_world_size} processes share {cores} cores, which is slow: '
+                  f'use --nproc_per_node={cores} or less', flush=True)
     if compile == 'auto':
         compile = worth_compiling(device.type, micro_batches / world_size)
     if device.type == 'cpu' and not compile:
@@ -368,22 +406,6 @@ def pick_dtype(kind):
         return 'bfloat16' if native else 'float16'
     return 'bfloat16' if kind == 'cpu' and cpu_multiplies_bfloat16() else 'float32'
 
-def keep_memory():
-    """Make glibc's malloc keep freed memory, in huge pages: a third less time for an update."""
-    # otherwise each large activation is mapped and faulted in again at every update
-    try:
-        libc, pointer = ctypes.CDLL('libc.so.6'), ctypes.c_void_p
-        libc.malloc.restype = pointer
-        size = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-    except (OSError, AttributeError, ValueError):  # macOS, Windows, musl
-        return
-    # let the heap grow once over addresses, without memory yet, that ask for huge pages
-    if block := libc.malloc(ctypes.c_size_t(size)):
-        start = (block + 2**21 - 1) // 2**21 * 2**21
-        libc.madvise(pointer(start), ctypes.c_size_t(size - 2**21), 14)  # MADV_HUGEPAGE
-        libc.free(pointer(block))
 
 def fresh_store(rank, world_size, timeout):
     """Return an empty store for init_process_group.
@@ -406,12 +428,3 @@ def fresh_store(rank, world_size, timeout):
         store.set(f'ask/{rank}', token)
         time.sleep(0.05)
     return dist.PrefixStore(store.get(f'answer/{token}').decode(), store)
-
-def worth_compiling(kind, micro_batches):
-    """Return whether torch.compile saves more time than it takes, on one device."""
-    # an estimate: on a GPU it takes a minute and saves 30 ms a micro-batch; on a CPU it gains
-    # nothing. It needs triton, a GPU that triton supports, and a C compiler
-    return kind == 'cuda' and micro_batches >= 2000 \
-        and importlib.util.find_spec('triton') is not None \
-        and torch.cuda.get_device_capability() >= (7, 0) \
-        and bool(os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang'))

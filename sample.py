@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import configurator
 from configurator import configure, fail, one_line_errors, pick_device, run_main, setup
+from data import tokenizers
 from data.checkpoints import load_checkpoint, load_model
 from data.datasets import read_text
 from data.files import cannot_write
@@ -33,13 +34,13 @@ out_dir = ''  # folder of the run; empty: the latest run
 weights = 'best'  # best: model.pth, the lowest val loss | last: ckpt.pt, the end of training
 export = ''  # write the weights to this new folder, for Hugging Face's transformers, and exit
 # what to generate
-start = ''  # prompt; FILE:path reads it from a file; empty: a newline or end-of-text
+start = ''  # prompt, or FILE:path of its file; empty: a newline or end-of-text; \n is a newline
 num_samples = 10  # samples, generated together; a single one is printed as it grows
 max_new_tokens = 500  # tokens in each sample
 temperature = 0.8  # below 1: more predictable, above 1: more varied; 0: the most likely token
 top_k = 200  # sample from the k most likely tokens; 0 keeps all
 top_p = 1.0  # sample from the most likely tokens that together reach this probability
-stop = ''  # end a sample before this text
+stop = ''  # end a sample before this text; \n, \t and \\ mean newline, tab and backslash
 seed = 1337  # seed of the samples
 # machine
 device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cuda:1 | ...
@@ -53,7 +54,9 @@ CHOICES = {'weights': ('best', 'last'), 'quantize': ('', 'int8'), 'dtype': confi
 @torch.inference_mode()
 def main():
     # mistakes that need no weights
-    prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
+    prompt = tokenizers.unescape(start)
+    if start.startswith('FILE:'):
+        prompt = read_text(os.path.expanduser(start.removeprefix('FILE:')))
     if os.path.exists(export) and (not os.path.isdir(export) or os.listdir(export)):
         fail(f'--export={export}: it exists and is not an empty folder, name another')
     kind = pick_device(device).type
@@ -93,10 +96,10 @@ def main():
 
     # text
     t0 = process.clock()
-    texts = [Text(tokenizer, stop) for _ in range(num_samples)]
+    texts = [Text(tokenizer, tokenizers.unescape(stop)) for _ in range(num_samples)]
     n = 0
     if num_samples == 1:
-        print(prompt, end='', flush=True)
+        print(tokenizers.bracketed(prompt), end='', flush=True)
     for tokens in model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k,
                                  top_p, process.generator('sample', device=process.device),
                                  tokenizer.vocab_size):
@@ -112,7 +115,7 @@ def main():
         print(texts[0].new(end=True))
     else:
         for text in texts:
-            print(f'{prompt}{text.text}\n---------------')
+            print(f'{tokenizers.bracketed(prompt)}{text.text}\n---------------')
     rate = num_samples * n / seconds
     print(f'{num_samples} x {n} tokens in {seconds:.2f} s: {rate:.0f} tokens/s')
 

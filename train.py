@@ -20,8 +20,9 @@ import configurator
 from configurator import Process, configure, fail, one_line_errors, run_main, setup, torchrun
 from data import checkpoints, runs
 from data.datasets import open_dataset
-from data.gpt2 import gpt2_config, gpt2_folder, load_gpt2
+from data.signals import catch_signals, guarded
 from data.tokenizers import continue_text, pick_prompt, tokenizer_from_dict
+from data.weights import find_weights, need_memory, saved_shape
 from data.windows import divide
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops, shard
 
@@ -30,7 +31,7 @@ from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops,
 
 # files
 out_dir = 'out'  # folder for checkpoints and metrics
-init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... gpt2-xl | GPT-2 DIR
+init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... gpt2-xl | DIR
 ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume; supplies all settings not given
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)
@@ -117,8 +118,8 @@ MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
 LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
   dt       seconds per update (mean)           dtf, dtb     forward and backward time
-  sps      sequences per second                sps_per_gpu  the same per process
-  tps      tokens per second                   tps_per_gpu  the same per process
+  sps      sequences per second                tps          tokens per second
+  sps_per_gpu, tps_per_gpu                     the same per process, if there are several
   mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
   norm     gradient norm before clipping       eta          time left, h:mm:ss"""
 
@@ -135,14 +136,22 @@ class Progress:
     best_val_loss: float = math.inf
     train_seconds: float = 0.0  # time spent in updates only
 
-@runs.guarded()
+@guarded()
 def main(argv=None):
     """Train as argv says (by default the command line)."""
     checkpoint, out_lock = read_settings(argv)
+    resumed_at = checkpoint['iter_num'] if checkpoint else -1
+    last_iter = min(max_iters, max(0, resumed_at) + (train_iters or max_iters))
+    # False: a signal ended the run within the evaluation of this step
+    evaluated = not checkpoint or checkpoint.get('evaluated', True)
+    if resumed_at >= last_iter and evaluated and not eval_only:
+        return runs.nothing_to_do(resumed_at, max_iters)
     process = setup(
         device=device, dtype=dtype, compile=compile, backend=backend, seed=seed,
         deterministic=deterministic, timeout_s=timeout_s,
         micro_batches=max_iters * gradient_accumulation_steps)
+    changed = [f'{k}={v}' for k, v in settings().items() if v != _defaults[k] or k == 'out_dir']
+    process.print('settings:', *changed)
 
     # data
     meta, train_data, val_data = open_dataset(dataset, block_size, process)
@@ -150,34 +159,25 @@ def main(argv=None):
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     prompt = pick_prompt(tokenizer, sample_prompt, sample_tokens and 'sample_prompt' in _given)
 
-    # model and optimizers: new, from a checkpoint, or from GPT-2's weights
-    check_resume(checkpoint, data_id, tokenizer, process)
-    model = make_model(checkpoint, meta['vocab_size'], process)
+    # model and optimizers: new, from a checkpoint, or from other weights
+    checkpoints.check_resume(checkpoint, data_id, tokenizer, settings(), process)
+    model = make_model(checkpoint, tokenizer, process)
     globals().update({k: v for k, v in asdict(model.config).items() if k in _defaults})
-    process.print(model)
-    process.print(f'{model.num_params():,} parameters without position embeddings')
+    process.print(f'{n_layer} layers, {n_head} heads, {n_embd} channels, '
+                  f'{model.num_params():,} parameters without position embeddings')
     learner = make_learner(model, process)
     progress = resume(learner, checkpoint) if checkpoint else Progress()
-    resumed_at = progress.iter_num if checkpoint else -1
     checkpoint = None  # frees its memory
-    last_iter = min(max_iters, progress.iter_num + (train_iters or max_iters))
     if eval_only:
-        print_losses(learner, {'train': train_data, 'val': val_data}, meta)
-        return process.close()
-    if resumed_at >= last_iter:
-        process.print(f'nothing to do: the run is at step {resumed_at} of max_iters={max_iters}, '
-                      'raise --max_iters to go on')
+        print_losses(learner, {'train': train_data, 'val': val_data})
         return process.close()
 
     # files, signals and compilation
     metrics = None
     if process.is_main:
-        out_lock = out_lock or runs.claim(out_dir)  # held until this process ends
         wandb = runs.start_wandb(wandb_project, wandb_run_name, settings()) if wandb_log else None
-        out_lock = runs.keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model)
-        metrics = runs.Metrics(out_dir, resumed_at, wandb)
-        runs.remember_run(out_dir)
-    signals = runs.catch_signals(process)
+        metrics = runs.begin(out_dir, out_lock, resumed_at, ckpt, model, settings(), wandb)
+    signals = catch_signals(process)
     compile_forward(learner)
     peak = peak_tflops * 1e12 or peak_flops(process)
     process.print(LEGEND)
@@ -189,11 +189,14 @@ def main(argv=None):
         it = progress.iter_num
 
         # once in a while: evaluate, sample, and save the best weights
-        due = (it % eval_interval == 0 or it == last_iter) and it != resumed_at
-        if due:
+        due = (it % eval_interval == 0 or it == last_iter) and not (evaluated and it == resumed_at)
+        if due and not stop:
             t1 = time.perf_counter()
             n = eval_iters if it else min(eval_iters or 10, 10)  # a rough figure before training
-            train_loss, val_loss = (evaluate(learner, d, n) for d in (train_data, val_data))
+            losses = [evaluate(learner, d, n, signals) for d in (train_data, val_data)]
+            stop = None in losses
+        if due and not stop:
+            train_loss, val_loss = losses
             if not math.isfinite(train_loss + val_loss):
                 checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
             # random weights are never saved as the best
@@ -210,13 +213,14 @@ def main(argv=None):
             if sample_tokens:  # on all ranks: with fsdp each one holds a shard of the model
                 generator = process.generator('sample', it, device=process.device)
                 text = continue_text(model, tokenizer, prompt, sample_tokens, generator)
-                process.print(f'--- sample at step {it} ---\n{text}\n---')
+                process.print(f'--- sample at step {it}, after [prompt] ---\n{text}\n---')
             if best or it and always_save_checkpoint:
                 save('model.pth', learner, tokenizer, iter_num=it, val_loss=val_loss)
 
         # save all that is needed to resume
         if stop or due and (it or it == last_iter):
             save('ckpt.pt', learner, tokenizer, **asdict(progress), data=data_id,
+                 evaluated=not (due and stop),
                  optimizer=[opt.state_dict() for opt in learner.optimizers],
                  scaler=learner.scaler.state_dict())
         if due and metrics:
@@ -251,7 +255,8 @@ def main(argv=None):
             dt = seconds / (progress.iter_num - last_log.iter_num)
             last_log = replace(progress)
             row |= speeds(dt, learner, peak) | {'eta': (last_iter - progress.iter_num) * dt}
-            words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED]
+            words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED
+                     if process.world_size > 1 or not k.endswith('per_gpu')]
             eta = int(row['eta'])
             words.append(f'eta={eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}')
             process.print(f'step={progress.iter_num} {" ".join(words)}')
@@ -293,6 +298,8 @@ def read_settings(argv):
         configure(globals(), argv, saved, check=check_settings)
     elif skip_batches or ckpt != 'ckpt.pt':
         fail('--skip_batches and --ckpt are for --init_from=resume')
+    elif shape := saved_shape(init_from):
+        configure(globals(), argv, shape, check=check_settings)
     if init_from == 'auto':
         globals()['init_from'] = 'resume' if checkpoint else 'scratch'
     return checkpoint, out_lock
@@ -322,42 +329,25 @@ def model_shape(vocab_size):
     return GPTConfig(vocab_size=50304 if vocab_size == 50257 else vocab_size,
                      **{name: globals()[name] for name in names})
 
-def check_resume(checkpoint, data_id, tokenizer, process):
-    """Fail if data or settings contradict the checkpoint, or if ranks disagree about its step."""
-    problems = []
-    if checkpoint:
-        problems = checkpoints.contradictions(checkpoint, data_id, tokenizer, settings())
-    steps = process.gather(checkpoint['iter_num'] if checkpoint else 0)
-    if len(set(steps)) > 1:
-        problems.append(f'ranks resume at steps {steps}: do all see the same {out_dir}?')
-    if problems:
-        fail(*problems)
-
 # -----------------------------------------------------------------------------
 # model and optimizers
 
-def make_model(checkpoint, vocab_size, process):
+def make_model(checkpoint, tokenizer, process):
     """Return the model; fail if given settings or the data contradict loaded weights."""
+    shape = model_shape(tokenizer.vocab_size)
     if init_from == 'scratch':
-        return GPT(model_shape(vocab_size))
+        need_memory(shape, 1 if parallel == 'ddp' else process.world_size, process)
+        return GPT(shape)
     if checkpoint:
         model = checkpoints.load_model(os.path.join(out_dir, ckpt), checkpoint, dropout=dropout)
-        shape = model.config
+        loaded, problems = model.config, []
     else:
-        with one_line_errors(f'--init_from={init_from}: '):
-            folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
-            shape = gpt2_config(folder, block_size, dropout)
-    problems = [f'{k}={globals()[k]} but the model of init_from={init_from} has {k}={v}'
-                for k, v in asdict(shape).items() if k in _given and globals()[k] != v]
-    if shape.vocab_size not in (vocab_size, model_shape(vocab_size).vocab_size):
-        problems.append(f'data/{dataset} has a vocabulary of {vocab_size}, '
-                        f'the model one of {shape.vocab_size}')
+        loaded, problems, load = find_weights(init_from, shape, tokenizer, process)
+    problems += [f'{k}={globals()[k]} but the model of init_from={init_from} has {k}={v}'
+                 for k, v in asdict(loaded).items() if k in _given and globals()[k] != v]
     if problems:
         fail(*problems)
-    if checkpoint:
-        return model
-    with one_line_errors(f'--init_from={init_from}: '):
-        return load_gpt2(gpt2_folder(init_from, process=process), block_size, dropout)
+    return model if checkpoint else load()
 
 @dataclass
 class Learner:
@@ -374,8 +364,12 @@ class Learner:
 
 def make_learner(model, process):
     """Move the model to the device, or shard it over all processes; make its optimizers."""
+    if parallel == 'fsdp' and process.world_size == 1 and 'parallel' not in _given:
+        globals()['parallel'] = 'ddp'
+        process.print('note: --parallel=ddp, because there is only one process')
     if parallel == 'fsdp' and (process.world_size == 1 or process.dtype == torch.float16):
-        fail('--parallel=fsdp needs torchrun --nproc_per_node=N, N > 1, and float32 or bfloat16')
+        fail('--parallel=fsdp needs torchrun --nproc_per_node=N, N > 1, and float32 or bfloat16: '
+             'use --parallel=ddp')
     micro_batches, rows, parts = divide(gradient_accumulation_steps, batch_size, process)
     model.activation_checkpointing = activation_checkpointing
     for module in model.modules():
@@ -423,6 +417,9 @@ def resume(learner, checkpoint):
     changed = [f', {k}={v} (was {before[k]})' for k, v in settings().items()
                if k not in NOT_RESUMED and before.get(k, v) != v]
     learner.process.print(f'resumed {path} at step {progress.iter_num}{"".join(changed)}')
+    new, old = learning_rate * lr_factor(progress.iter_num), checkpoints.last_lr(checkpoint)
+    if new > 1.5 * old and progress.iter_num >= warmup_iters:
+        learner.process.print(f'note: the learning rate rises from {old:.6g} to {new:.6g}')
     return progress
 
 def compile_forward(learner):
@@ -438,7 +435,9 @@ def compile_forward(learner):
     else:  # no logits: as an output they cost memory and a gradient of zeros
         learner.forward = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(len(learner.rows), block_size, dtype=torch.int64, device=process.device)
-    with process.autocast():  # clone: one tensor passed twice would be compiled differently
+    errors = (torch._dynamo.exc.TorchDynamoException,)  # no C++ compiler, for example
+    with one_line_errors('cannot compile, use --compile=False: ', errors), process.autocast():
+        # clone: one tensor passed twice would be compiled differently
         learner.forward(idx, idx.clone())[1].backward()
     model.zero_grad(set_to_none=learner.sums is None)
     process.print(f'compiled in {process.clock() - t0:.1f} s')
@@ -533,29 +532,35 @@ def fraction_done(it, start, end):
 # evaluation and metrics
 
 @torch.no_grad()
-def evaluate(learner, data, n):
-    """Return the mean loss over n batches of data, the same ones every time (0: over all data)."""
+def evaluate(learner, data, n, signals=()):
+    """Return the mean loss over n batches of data, the same ones every time (0: over all data).
+
+    Returns None if a rank has received a signal.
+    """
     process, model = learner.process, learner.model
-    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
+    total, stop = torch.zeros(2, dtype=torch.float64), False  # sum of losses, number of tokens
     model.eval()
     for idx, targets in data.eval_batches(n, batch_size, process):
+        if stop := process.any(signals):
+            break
         with process.autocast():
             _, loss = model(process.to_device(idx), process.to_device(targets))
         if count := (targets >= 0).sum():
             total += torch.stack([loss.cpu().double() * count, count.double()])
     model.train()
+    if stop:
+        return None
     if process.world_size > 1:
         total = process.all_reduce(total.to(process.device))
     return (total[0] / total[1]).item()
 
-def print_losses(learner, splits, meta):
+def print_losses(learner, splits):
     """Print loss, perplexity and bits per byte of each split."""
     for split, data in splits.items():
         loss = evaluate(learner, data, eval_iters)
-        bits = loss / math.log(2) * meta['tokens'][split] / meta['bytes'][split]
         perplexity = math.exp(loss) if loss < 700 else math.inf
         learner.process.print(f'{split}_loss={loss:.4f} perplexity={perplexity:.3f} '
-                              f'bits_per_byte={bits:.4f}')
+                              f'bits_per_byte={data.bits_per_byte(loss):.4f}')
 
 def speeds(dt, learner, peak):
     """Return the speeds of an update that takes dt seconds, as LEGEND explains them."""

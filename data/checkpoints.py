@@ -6,6 +6,7 @@ A checkpoint is a dict of plain values and tensors:
     in model.pth     val_loss
     in ckpt.pt       optimizer, scaler, best_val_loss, train_seconds, data, position
 """
+import math
 import os
 import zipfile
 
@@ -95,12 +96,17 @@ def adopt_nanogpt(checkpoint):
               'whether the data is the same', flush=True)
 
 
-def contradictions(checkpoint, data_id, tokenizer, settings):
-    """Return how the data and the settings of a resumed run contradict its checkpoint.
+def check_resume(checkpoint, data_id, tokenizer, settings, process):
+    """Fail if data or settings contradict the checkpoint, or if ranks disagree about its step.
 
-    data_id: the dataset's name, sha256 and numbers of tokens, as the checkpoint stores them. The
+    data_id: the dataset's name, sha256 and numbers of tokens, as a checkpoint stores them. The
     content counts, not the name. Evaluation takes any data in the same tokens.
     """
+    steps = process.gather(checkpoint['iter_num'] if checkpoint else 0)
+    if len(set(steps)) > 1:
+        fail(f'ranks resume at steps {steps}: do all see the same {settings["out_dir"]}?')
+    if not checkpoint:
+        return
     problems, name, saved = [], f'data/{data_id["dataset"]}', checkpoint['data']
     if any(saved.get(key, data_id[key]) != data_id[key] for key in ('sha256', 'tokens')) \
             and not settings['eval_only']:
@@ -115,7 +121,8 @@ def contradictions(checkpoint, data_id, tokenizer, settings):
     # a checkpoint of nanoGPT has no optimizer
     if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):
         problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
-    return problems
+    if problems:
+        fail(*problems)
 
 
 def load_model(path, checkpoint, **changes):
@@ -159,35 +166,42 @@ def saved_step(path):
     return step if isinstance(step, int) else -1
 
 
+def last_lr(checkpoint):
+    """Return the learning rate of AdamW in the last update before the checkpoint, or inf."""
+    groups = [group for saved in checkpoint['optimizer'][:1] for group in saved['param_groups']]
+    return float(groups[0]['lr']) if groups and checkpoint['iter_num'] else math.inf
+
+
 def load_optimizers(path, checkpoint, optimizers, scaler):
     """Load the states of the optimizers and of the float16 scaler of the checkpoint at path."""
     with one_line_errors(f'cannot use {path}: the state of its optimizer does not fit: '):
         for optimizer, saved in zip(optimizers, checkpoint['optimizer']):
-            load_optimizer(optimizer, saved['state'])
+            load_optimizer(optimizer, saved)
     if checkpoint['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint['scaler'])
 
 
 def load_optimizer(optimizer, saved):
-    """Load a checkpoint's state {index: {name: tensor}}; hyperparameters keep their values.
+    """Load a checkpoint's state_dict; hyperparameters but the present rate keep their values.
 
     Raises ValueError if it does not fit: fused AdamW would write beyond a smaller tensor.
     """
     muon = isinstance(optimizer, Muon)
     names = ['momentum_buffer'] if muon else ['step', 'exp_avg', 'exp_avg_sq']
     params = [p for group in optimizer.param_groups for p in group['params']]
-    state = {}
-    for i, p in enumerate(params if saved else ()):  # it is empty before the first update
+    state, states = {}, saved['state']
+    for i, p in enumerate(params if states else ()):  # it is empty before the first update
         shapes = {name: torch.Size() if name == 'step' else p.shape for name in names}
-        if {name: t.shape for name, t in saved[i].items()} != shapes:
+        if {name: t.shape for name, t in states[i].items()} != shapes:
             raise ValueError(f'parameter {i} has other names or shapes')
         # clone, or the tensor stays backed by the memory-mapped checkpoint
-        state[i] = {name: t.clone() for name, t in saved[i].items()}
+        state[i] = {name: t.clone() for name, t in states[i].items()}
         if is_sharded(p):
             from torch.distributed.tensor import distribute_tensor
             state[i] |= {name: distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
                          for name, t in state[i].items() if name != 'step'}
-    groups = optimizer.state_dict()['param_groups']
+    groups = [own | {'lr': float(old['lr'])} for own, old in
+              zip(optimizer.state_dict()['param_groups'], saved['param_groups'])]
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 

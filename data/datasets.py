@@ -97,7 +97,7 @@ def open_dataset(name, block_size, process):
     splits = []
     for split in SPLITS:
         path = os.path.join(DATA_DIR, name, f'{split}.bin')
-        tokens = Tokens(path, block_size, meta['dtype'], meta['vocab_size'])
+        tokens = Tokens(path, block_size, meta['dtype'], meta['vocab_size'], meta['bytes'][split])
         expected = meta['tokens'][split]
         if tokens.n != expected:
             fail(f'{path} has {tokens.n:,} tokens instead of {expected:,}: run {command}')

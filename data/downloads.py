@@ -34,6 +34,8 @@ def download(path, sources):
     for source in sources:
         try:
             write_atomic(path, source())
+            if reasons:
+                print(f'downloaded {path} from another source instead', file=sys.stderr)
             return
         except DownloadError as e:
             reasons.append(str(e))

@@ -1,10 +1,12 @@
 """
-Files that an interruption never leaves half-written, locks on files, and free space.
+Files that an interruption never leaves half-written, locks on files, free space, and progress.
 """
 import contextlib
 import hashlib
 import os
 import shutil
+import sys
+import time
 
 from configurator import fail, first_line
 
@@ -114,3 +116,24 @@ def lock(file):
         raise
     except (ImportError, OSError) as e:
         return first_line(e)
+
+
+def show_progress(items, work):
+    """Yield from the sequence `items`, and show the progress of long work on a terminal.
+
+    work: its name, for example 'evaluating'. The line is removed at the end.
+    """
+    began = shown = time.monotonic()
+    line = ''
+    try:
+        for i, item in enumerate(items):
+            now = time.monotonic()
+            if i and now - shown > 0.5 and sys.stderr.isatty():
+                shown = now
+                left = (now - began) / i * (len(items) - i)
+                line = f'{work}: {i} of {len(items)}, {left:.0f} s left'
+                print(f'\r{line:<60}', end='', file=sys.stderr, flush=True)
+            yield item
+    finally:
+        if line:
+            print(f'\r{"":<60}\r', end='', file=sys.stderr, flush=True)

@@ -1,16 +1,14 @@
 """
-A training run: its files in out_dir, its output, and the signals that end it.
+The files of a training run: out_dir, metrics, and the list of all runs.
 """
 import contextlib
 import json
 import math
 import os
 import re
-import signal
-import sys
 import time
 
-from configurator import HERE, fail, first_line
+from configurator import HERE, fail, first_line, torchrun
 from data.checkpoints import saved_step, unchanged
 from data.files import cannot_write, lock, need_space, replace_file, write_atomic
 
@@ -47,6 +45,19 @@ def claim(out_dir):
     except OSError as e:
         cannot_write(path, e)
     return f
+
+
+def begin(out_dir, out_lock, resumed_at, ckpt, model, settings, wandb):
+    """Make out_dir ready for this run; return its Metrics. Rank 0 calls this.
+
+    out_lock: the lock of out_dir, or None. resumed_at: the step of the checkpoint `ckpt` that this
+    run goes on from, or -1. wandb: the module, or None.
+    """
+    out_lock = out_lock or claim(out_dir)
+    out_lock = keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model)
+    write_atomic(os.path.join(out_dir, 'config.json'), [json.dumps(settings, indent=1).encode()])
+    remember_run(out_dir)
+    return Metrics(out_dir, resumed_at, wandb, out_lock)
 
 
 def keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model):
@@ -93,6 +104,13 @@ def rename_aside(path, step):
     print(f'{path} belongs to an earlier run: renamed to {kept}', flush=True)
 
 
+def nothing_to_do(step, max_iters):
+    """Say that the run is complete."""
+    if torchrun('RANK', 0) == 0:
+        print(f'nothing to do: the run is at step {step} of max_iters={max_iters}, '
+              'raise --max_iters to go on', flush=True)
+
+
 def read_runs():
     """Return the out_dirs in checkpoints.log, the latest one last."""
     if not os.path.exists(RUNS_LOG):
@@ -119,11 +137,12 @@ class Metrics:
     """Writes rows of numbers to metrics.jsonl and to wandb, and draws loss.png.
 
     step: of the checkpoint that the run goes on from, or -1. Later rows will come again and are
-    dropped. wandb: the module, or None.
+    dropped. wandb: the module, or None. out_lock: stays locked until this process ends.
     """
 
-    def __init__(self, out_dir, step, wandb=None):
-        self.out_dir, self.wandb = out_dir, wandb
+    def __init__(self, out_dir, step, wandb=None, out_lock=None):
+        self.out_dir, self.wandb, self.out_lock = out_dir, wandb, out_lock
+        self.can_plot = True
         self.path = os.path.join(out_dir, 'metrics.jsonl')
         rows = [json.dumps(row) + '\n' for row in read_metrics(out_dir) if row['step'] <= step]
         write_atomic(self.path, [''.join(rows).encode()])
@@ -145,6 +164,9 @@ class Metrics:
         try:
             from matplotlib.figure import Figure
         except ImportError:
+            if self.can_plot:
+                print('note: no loss.png without matplotlib: pip install matplotlib', flush=True)
+            self.can_plot = False
             return
         rows = read_metrics(self.out_dir)
         ax = Figure(figsize=(8, 5), layout='constrained').subplots()
@@ -181,65 +203,3 @@ def start_wandb(project, name, config):
         fail('--wandb_log=True: wandb is not installed: pip install wandb')
     except Exception as e:  # not logged in, for example
         fail(f'--wandb_log=True: {first_line(e)}')
-
-
-# -----------------------------------------------------------------------------
-# signals and standard output
-
-# Ctrl-C, kill, a closed terminal, Slurm's --signal=USR1; Windows has the first two
-SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
-           if hasattr(signal, name)]
-
-
-def catch_signals(process):
-    """Return a list to which SIGNALS are appended; a second Ctrl-C exits at once."""
-    signals, times = [], []
-    # torchrun repeats the terminal's Ctrl-C, so within a second it is not a second one
-    echo_s = 1 if process.world_size > 1 else 0
-
-    def on_signal(number, frame):
-        if signals and number == signal.SIGINT and time.monotonic() - times[0] > echo_s:
-            os._exit(130)
-        if not signals and process.is_main:
-            with contextlib.suppress(OSError):  # os.write, because print must not be interrupted
-                os.write(2, b'stopping after this update; Ctrl-C again quits without saving\n')
-        signals.append(number)
-        times.append(time.monotonic())
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, on_signal)
-    return signals
-
-
-class Output:
-    """A standard output whose failure ends no run: what cannot be written is lost."""
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, work, *arguments):
-        try:
-            work(*arguments)
-        except OSError:  # a closed pipe or a full disk: nothing more goes there
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-@contextlib.contextmanager
-def guarded():
-    """Survive a failing standard output; at the end, put signal handlers and output back."""
-    stdout, handlers = sys.stdout, {number: signal.getsignal(number) for number in SIGNALS}
-    sys.stdout = Output(stdout)
-    try:
-        yield
-    finally:
-        sys.stdout = stdout
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -6,6 +6,7 @@ eot is the id of the end-of-text token, or None. tokenizer_from_dict restores wh
 import hashlib
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -149,10 +150,11 @@ def encode_prompt(tokenizer, text, device='cpu'):
 
 
 def pick_prompt(tokenizer, prompt, given):
-    """Return the prompt if the vocabulary can write it, otherwise an empty one.
+    """Return the unescaped prompt if the vocabulary can write it, otherwise an empty one.
 
     given: the user asked for this prompt, so fail instead.
     """
+    prompt = unescape(prompt)
     try:
         encode_prompt(tokenizer, prompt)
         return prompt
@@ -162,13 +164,24 @@ def pick_prompt(tokenizer, prompt, given):
         return ''
 
 
+def unescape(text):
+    r"""Return text with \n, \t and \\ replaced by a newline, a tab and a backslash."""
+    names = {'n': '\n', 't': '\t', '\\': '\\'}
+    return re.sub(r'\\([nt\\])', lambda match: names[match[1]], text)
+
+
+def bracketed(prompt):
+    """Return the prompt in brackets, which show where the model's text begins; '' stays ''."""
+    return f'[{prompt}]' if prompt else ''
+
+
 def continue_text(model, tokenizer, prompt, n, generator):
-    """Return the prompt and n tokens that the model generates after it."""
+    """Return the prompt in brackets and n tokens that the model generates after it."""
     training = model.training
     model.eval()
     idx = encode_prompt(tokenizer, prompt, generator.device)
     new = model.generate(idx, n, temperature=0.8, top_k=200, generator=generator,
                          vocab_size=tokenizer.vocab_size)
-    text = prompt + tokenizer.decode([token.item() for token in new])
+    text = bracketed(prompt) + tokenizer.decode([token.item() for token in new])
     model.train(training)
     return text

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from configurator import fail
+from data.files import show_progress
 
 
 def divide(micro_batches, batch_size, process):
@@ -34,8 +35,9 @@ class Tokens:
     that becomes shorter is an error and not a crash (SIGBUS).
     """
 
-    def __init__(self, path, block_size, dtype='uint16', vocab_size=2**32):
+    def __init__(self, path, block_size, dtype='uint16', vocab_size=2**32, n_bytes=None):
         self.path = path
+        self.n_bytes = n_bytes  # of its text
         self.block_size = block_size
         self.dtype = np.dtype(dtype)
         self.vocab_size = vocab_size
@@ -83,6 +85,10 @@ class Tokens:
         """Return the error message for an id that is outside the vocabulary."""
         return (f'{self.path}: token id {token}{where} is outside the vocabulary of '
                 f'{self.vocab_size}: prepare the dataset again')
+
+    def bits_per_byte(self, loss):
+        """Return a loss in nats per token as bits per byte, which compares between tokenizers."""
+        return loss / math.log(2) * self.n / self.n_bytes
 
     def train_batch(self, first, count, process, noise=0.0):
         """Return x and y of the training sequences first, ..., first + count - 1.
@@ -133,7 +139,8 @@ class Tokens:
         """
         starts = self.eval_starts(count * batch_size)
         batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
-        for i in range(process.rank, len(batches) + process.rank, process.world_size):
+        share = range(process.rank, len(batches) + process.rank, process.world_size)
+        for i in show_progress(share, 'evaluating') if process.is_main else share:
             batch = batches[min(i, len(batches) - 1)]
             idx, targets = self.read(batch)
             if i >= len(batches):  # with fsdp, all ranks must compute equally often

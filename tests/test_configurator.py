@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, script
+from conftest import ROOT, TINY, script
 
 import bench
 import configurator
@@ -251,7 +251,8 @@ def test_setup_refuses_what_it_cannot_do(monkeypatch, capsys, settings, words):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     if 'backend' in settings:  # a single process needs none
-        monkeypatch.setenv('WORLD_SIZE', '2')
+        for name in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+            monkeypatch.setenv(name, '2')
     line, = fails(capsys, setup, **settings)
     assert words in line
 
@@ -407,8 +408,113 @@ def test_another_package_called_data_is_not_imported(project, tmp_path):
         script(project, name, '--help', cwd=tmp_path, env={'PYTHONPATH': str(tmp_path)})
 
 
-def test_only_close_names_are_suggested(namespace, capsys):
+def test_only_close_names_and_usual_other_names_are_suggested(namespace, capsys):
     for argument, line in (('--widht=3', "unknown key 'widht': did you mean 'width'? (--help"),
-                           ('--epochs=3', "unknown key 'epochs' (--help lists all keys)")):
+                           ('--epochs=3', "unknown key 'epochs' (--help lists all keys")):
         found, = fails(capsys, configure, namespace, [argument])
         assert line in found
+    for script_, argument, name in (
+            (train, 'epochs', 'max_iters'), (train, 'steps', 'max_iters'),
+            (train, 'lr', 'learning_rate'), (train, 'batch', 'batch_size'),
+            (train, 'context_length', 'block_size'), (train, 'prompt', 'sample_prompt'),
+            (sample, 'prompt', 'start'), (sample, 'tokens', 'max_new_tokens'),
+            (train, 'gpus', None), (train, 'config', None), (sample, 'epochs', None)):
+        found, = fails(capsys, configure, vars(script_), [f'--{argument}=1'])
+        assert re.findall("did you mean '(.*?)'", found) == [name] * bool(name), found
+
+
+def test_every_other_name_leads_to_a_setting():
+    names = ' '.join(configurator.OTHER_NAMES.values()).split()
+    assert all(hasattr(train, name) or hasattr(sample, name) for name in names)
+
+
+@pytest.mark.parametrize('argument, words', [
+    ('{0}/code.txt', 'code.txt'), ('{0}/c.yaml', 'c.yaml'), ('--width', '--width'),
+    ('-width=3', '-width=3'), ('width=3', 'width=3'), ('--=3', '--=3'), ('{0}', '{0}')])
+def test_no_config_file_runs_if_an_argument_has_no_form(namespace, capsys, tmp_path, argument,
+                                                        words):
+    for name in ('c.py', 'code.txt', 'c.yaml'):
+        (tmp_path / name).write_text(f'open({str(tmp_path / "ran")!r}, "w")\nwidth = 5\n')
+    argument, words = argument.format(tmp_path), words.format(tmp_path)
+    line, = fails(capsys, configure, namespace, [str(tmp_path / 'c.py'), argument])
+    assert words in line and 'is not --key=value, nor a config file (.py)' in line
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_scripts_in_data_take_no_config_file(project, tmp_path):
+    (tmp_path / 'mycode.py').write_text('open("ran", "w")\n')
+    _, err = script(project, 'data/text/prepare.py', '--input', 'mycode.py', '--name', 'c',
+                    cwd=tmp_path, code=2)
+    assert err.splitlines() == [f"error: '{word}' is not --key=value" for word in
+                                ('--input', 'mycode.py', '--name', 'c')]
+    assert os.listdir(tmp_path) == ['mycode.py']
+
+
+def test_a_config_file_that_assigns_no_setting_is_an_error(namespace, capsys, tmp_path):
+    (tmp_path / 'c.py').write_text('{"width": 5}\n_width = 6\n')
+    line, = fails(capsys, configure, namespace, [str(tmp_path / 'c.py')])
+    assert 'c.py assigns no setting' in line
+
+
+@pytest.mark.parametrize('name', ['train_shakespeare_char_cpu', 'train_shakespeare_char_cpu.py',
+                                  'config/train_shakespeare_char_cpu'])
+def test_a_config_file_is_found_by_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configure(vars(train), [name])['out_dir'] == 'out-shakespeare-char-cpu'
+    configure(vars(train), [])
+
+
+def test_a_variable_of_its_own_in_a_config_file_begins_with_an_underscore(namespace, capsys,
+                                                                          tmp_path):
+    (tmp_path / 'c.py').write_text('for i in range(3): pass\nwidth = i\n')
+    line, = fails(capsys, configure, namespace, [str(tmp_path / 'c.py')])
+    assert "unknown key 'i' (" in line and 'begins with _' in line
+    (tmp_path / 'c.py').write_text('for _i in range(3): pass\nwidth = _i\n')
+    assert configure(namespace, [str(tmp_path / 'c.py')])['width'] == 2
+
+
+def test_a_tilde_is_the_home_folder_in_paths_only(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'c.py').write_text('init_from = "~/b"\n')
+    config = configure(vars(train), ['--out_dir=~/runs/a', str(tmp_path / 'c.py'),
+                                     '--sample_prompt=~/x'])
+    assert config['out_dir'] == f'{tmp_path}/runs/a' and config['init_from'] == f'{tmp_path}/b'
+    assert config['sample_prompt'] == '~/x'
+    configure(vars(train), [])
+    assert configure(vars(sample), ['--export=~/e'])['export'] == f'{tmp_path}/e'
+    configure(vars(sample), [])
+
+
+def test_more_processes_than_cores_get_a_note(monkeypatch, capsys):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1}, raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    setup(device='cpu', dtype='float32')
+    assert 'note' not in capsys.readouterr().out
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    setup(device='cpu', dtype='float32')
+    note = capsys.readouterr().out.splitlines()[0]
+    assert note.startswith('note: 8 processes share 2 cores') and '--nproc_per_node=2' in note
+
+
+def test_a_world_without_an_address_is_an_error(monkeypatch, capsys):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    line, = fails(capsys, setup, device='cpu')
+    assert 'MASTER_ADDR' in line and 'torchrun' in line
+
+
+@pytest.mark.slow
+def test_a_wrong_network_interface_is_named(project, tmp_path):
+    _, err = script(project, 'train.py', *TINY, f'--out_dir={tmp_path / "out"}', nproc=2, code=1,
+                    env={'GLOO_SOCKET_IFNAME': 'nowhere7'})
+    lines = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert 'GLOO_SOCKET_IFNAME' in lines[0] and 'nowhere7' in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('argument, words', [('--widht=3', 'widht'),
+                                             ('--dataset=none', 'data/none')])
+def test_torchrun_restarts_repeat_no_error(project, tmp_path, argument, words):
+    _, err = script(project, 'train.py', *TINY, f'--out_dir={tmp_path / "out"}', argument, nproc=1,
+                    code=1, torchrun=['--max-restarts=2'])
+    errors = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and words in errors[0]

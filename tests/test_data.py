@@ -748,7 +748,7 @@ def test_a_contradiction_is_found_before_weights_are_fetched(
     err = capsys.readouterr().err
     assert e.value.code == 2
     assert 'n_layer=5 but the model of init_from=gpt2 has' in err
-    assert 'topics has a vocabulary of' in err
+    assert 'the data has a vocabulary of' in err
     assert [path for path, _ in Hub.requests] == [GPT2_BASE + 'config.json']
     assert not (tmp_path / 'out').exists()
 
@@ -832,3 +832,16 @@ def test_hellaswag_scores_equal_a_direct_computation():
     acc, acc_norm = evaluate.hellaswag(model, tokenizer, rows, process)
     assert acc == pytest.approx(sum(by_sum for by_sum, _ in expected) / 5)
     assert acc_norm == pytest.approx(sum(by_mean for _, by_mean in expected) / 5)
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_progress_is_shown_on_a_terminal_only(monkeypatch, terminal):
+    err = io.StringIO()
+    err.isatty = lambda: terminal
+    monkeypatch.setattr(sys, 'stderr', err)
+    monkeypatch.setattr(time, 'monotonic', iter(range(100)).__next__)  # every look takes 1 s
+    assert list(files.show_progress(range(4), 'evaluating')) == [0, 1, 2, 3]
+    lines = err.getvalue().split('\r')
+    assert [line.strip() for line in lines] == terminal * [
+        '', 'evaluating: 1 of 4, 6 s left', 'evaluating: 2 of 4, 3 s left',
+        'evaluating: 3 of 4, 1 s left', '', ''] or not terminal and lines == ['']

@@ -34,7 +34,9 @@ A rank is killed with kill -9, under torchrun --max-restarts=3 and with --init_f
     test_torchrun_restarts_a_run_whose_rank_was_killed
 A process gets SIGTERM, or Ctrl-C.
     It finishes the update, saves, and exits with code 143 or 130; all ranks after the same update.
-    test_sigterm_during_an_evaluation_loses_nothing
+    Within an evaluation it does so at once, and the resumed run evaluates again.
+    test_sigterm_during_an_evaluation_ends_it_and_loses_nothing
+    test_a_signal_of_one_rank_ends_the_evaluation_of_all
     test_sigterm_during_a_save_or_the_compilation_loses_nothing
     test_under_torchrun_all_ranks_leave_on_the_same_step
 The output goes away or its disk is full; then SIGTERM, SIGHUP or SIGUSR1.
@@ -114,6 +116,7 @@ import train
 from configurator import Process, configure
 from data import datasets, runs
 from data.checkpoints import read_checkpoint
+from data.signals import SIGNALS
 from data.windows import Tokens
 from model import GPT
 
@@ -441,21 +444,54 @@ def test_the_space_a_run_needs_counts_what_it_resumes_from_alone(
     keep_earlier_run(need)
 
 
-@pytest.mark.slow
-def test_sigterm_during_an_evaluation_loses_nothing(project, tmp_path, train_run):
-    out = tmp_path / 'out'
-    arguments = [*FAST, '--eval_iters=150', '--batch_size=1', '--eval_interval=4']
-    child = start(project, *arguments, f'--out_dir={out}')
-    wait_for(child, '^step=4 loss')  # next comes an evaluation of all windows, one by one
-    child.send_signal(signal.SIGTERM)
-    rest, _ = child.communicate(timeout=60)
-    assert child.returncode == 143 and 'step=4 train_loss' in rest and load(out)['iter_num'] == 5
-    whole = train_run(*arguments, out=tmp_path / 'whole')
+@pytest.mark.parametrize('first_loss, step', [(0, 3), (4, 3), (8, 6)])
+def test_sigterm_during_an_evaluation_ends_it_and_loses_nothing(
+        train_run, fails, tmp_path, monkeypatch, first_loss, step):
+    whole = train_run(*FAST, '--max_iters=6', '--eval_iters=4', out=tmp_path / 'whole')
+    real, seen = Tokens.eval_batches, []
+
+    def eval_batches(self, *arguments):  # four batches of each split at steps 0, 3 and 6
+        for batch in real(self, *arguments):
+            seen.append(1)
+            if len(seen) == 8 + first_loss + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokens, 'eval_batches', eval_batches)
+        fails(*FAST, '--max_iters=6', '--eval_iters=4', code=143)
+    assert len(seen) <= 8 + first_loss + 2  # no batch more, and one of the validation split
+    assert load(tmp_path / 'out')['iter_num'] == step
+    assert not load(tmp_path / 'out')['evaluated']
     assert equal_runs(train_run('--init_from=resume'), whole)
+    assert [row['step'] for row in metrics(tmp_path / 'out')[1]] == [0, 3, 6]
+
+
+@pytest.mark.slow
+def test_a_signal_of_one_rank_ends_the_evaluation_of_all(project, tmp_path):
+    config = tmp_path / 'one.py'
+    config.write_text("""
+import os as _os, signal as _signal
+from data.windows import Tokens as _Tokens
+_real, _seen = _Tokens.eval_batches, []
+def _eval_batches(self, *arguments):
+    for batch in _real(self, *arguments):
+        _seen.append(1)
+        if len(_seen) == 15 and _os.environ['RANK'] == '1':
+            _os.kill(_os.getpid(), _signal.SIGTERM)
+        yield batch
+_Tokens.eval_batches = _eval_batches
+batch_size = 2
+""")
+    out = tmp_path / 'out'
+    script(project, 'train.py', *FAST, config, '--eval_iters=20', '--max_iters=6',
+           f'--out_dir={out}', nproc=2, code=1)  # torchrun's code
+    assert load(out)['iter_num'] == 3 and not load(out)['evaluated']
+    script(project, 'train.py', '--init_from=resume', f'--out_dir={out}', nproc=2)
+    assert [row['step'] for row in metrics(out)[1]] == [0, 3, 6]
 
 
 @pytest.mark.parametrize('module, moment, step', [(torch, 'save', 4),
-                                                  (train, 'compile_forward', 1)])
+                                                  (train, 'compile_forward', 0)])
 def test_sigterm_during_a_save_or_the_compilation_loses_nothing(
         train_run, fails, tmp_path, monkeypatch, module, moment, step):
     whole = train_run(*FAST, out=tmp_path / 'whole')
@@ -487,9 +523,9 @@ def test_a_signal_within_an_update_ends_that_update(fails, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(project, tmp_path):
     out = tmp_path / 'out'
-    child = start(project, *FAST, '--eval_iters=0', '--batch_size=1', '--eval_interval=2',
-                  '--max_iters=1000', f'--out_dir={out}')
-    wait_for(child, '^step=4 loss')  # next comes an evaluation of some seconds, without an update
+    child = start(project, *FAST, '--sample_tokens=100000', '--eval_interval=2', '--max_iters=1000',
+                  f'--out_dir={out}')
+    wait_for(child, '^step=4 train_loss')  # next comes a sample of some minutes, without an update
     child.send_signal(signal.SIGINT)
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
@@ -1106,9 +1142,9 @@ def test_a_signal_that_was_ignored_stays_ignored(project, tmp_path):
 
 
 def test_main_puts_signal_handlers_and_output_back(tmp_path):
-    before = [signal.getsignal(number) for number in runs.SIGNALS], sys.stdout
+    before = [signal.getsignal(number) for number in SIGNALS], sys.stdout
     train.main([*FAST, '--max_iters=1', '--peak_tflops=1', f'--out_dir={tmp_path / "out"}'])
-    assert ([signal.getsignal(number) for number in runs.SIGNALS], sys.stdout) == before
+    assert ([signal.getsignal(number) for number in SIGNALS], sys.stdout) == before
 
 
 def test_runs_of_the_same_step_and_second_are_all_kept(tmp_path):
@@ -1182,8 +1218,10 @@ def test_user_mistakes_change_nothing(project, fails, tmp_path, monkeypatch, arg
 
 @pytest.mark.slow
 def test_out_of_memory_is_one_line(project, tmp_path):
-    _, err = script(project, 'train.py', *TINY, '--n_embd=4000000',
-                    f'--out_dir={tmp_path / "out"}', code=1)
+    config = tmp_path / 'little.py'
+    config.write_text('import resource\nn_embd = 5000\n'
+                      'resource.setrlimit(resource.RLIMIT_AS, (5 * 10**9, 5 * 10**9))\n')
+    _, err = script(project, 'train.py', *TINY, config, f'--out_dir={tmp_path / "out"}', code=1)
     assert err.splitlines()[-1].startswith('error: out of memory: halve batch_size')
     assert 'Traceback' not in err
 
@@ -1206,3 +1244,95 @@ def test_a_user_mistake_in_a_real_process_is_one_line(project, tmp_path):
                     env={'CUDA_VISIBLE_DEVICES': ''})
     assert err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_that_can_never_fit_is_refused_with_its_size(fails, tmp_path, monkeypatch, text):
+    monkeypatch.setattr('data.weights.total_memory', lambda device: 1e9)
+    # weights of the blocks, the embeddings and the head; 16 bytes each in training
+    n = 12 * 2 * 2048**2 + (2 * len(set(text.read_text())) + 32) * 2048
+    err = fails('--n_embd=2048', '--tie_weights=False')
+    assert f'a model of {n / 1e6:.0f}M parameters takes {16 * n / 1e9:.1f} GB' in err
+    assert 'cpu has 1.0 GB' in err and os.listdir(tmp_path) == []
+
+
+def test_a_compiler_that_is_missing_is_one_line(fails, tmp_path, monkeypatch):
+    import torch._inductor.config
+    monkeypatch.setattr(torch._inductor.config.cpp, 'cxx', ('no-such-compiler',))
+    monkeypatch.setattr(torch._inductor.config, 'compile_threads', 1)
+    err = fails(*FAST, '--compile=True')
+    assert len(err.splitlines()) == 1 and 'use --compile=False' in err
+    assert 'compiler' in err.lower()
+
+
+def test_a_finished_run_says_so_before_anything_else(train_run, tmp_path, capsys):
+    train_run(*FAST, '--max_iters=3')
+    capsys.readouterr()
+    before = snapshot(tmp_path)
+    train_run('--init_from=resume')
+    assert re.fullmatch('nothing to do: the run is at step 3 .*\n', capsys.readouterr().out)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_longer_run_says_that_its_learning_rate_rises(train_run, capsys):
+    train_run(*FAST, '--max_iters=6', '--min_lr=1e-4')
+    capsys.readouterr()
+    train_run('--init_from=resume', '--max_iters=7')
+    assert 'learning rate rises' not in capsys.readouterr().out
+    train_run('--init_from=resume', '--max_iters=100', '--train_iters=1')
+    out = capsys.readouterr().out
+    note = re.search(r'note: the learning rate rises from (\S+) to (\S+)\n', out)
+    assert float(note[1]) < 3e-4 and 0.0009 < float(note[2]) <= 0.001
+    assert re.search(r'^step=8 .* lr=(\S+)', out, re.M)[1] == note[2]
+
+
+def test_settings_are_printed_and_written_so_that_runs_can_be_told_apart(
+        train_run, tmp_path, capsys):
+    train_run(*FAST, '--max_iters=3', '--weight_decay=0.25')
+    line = re.search('^settings: (.*)', capsys.readouterr().out, re.M)[1].split()
+    assert 'weight_decay=0.25' in line and f'out_dir={tmp_path / "out"}' in line
+    assert not [word for word in line if word.startswith('beta1')]  # a default
+    saved = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert saved == load(tmp_path / 'out')['config'] and saved['weight_decay'] == 0.25
+
+
+def test_one_note_says_why_there_is_no_plot(train_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    train_run(*FAST, '--max_iters=6')
+    assert capsys.readouterr().out.count('note: no loss.png without matplotlib') == 1
+
+
+@pytest.mark.parametrize('name', ['out', 'out/model.pth', 'out/ckpt.pt'])
+def test_a_run_starts_from_the_weights_of_another(train_run, tmp_path, capsys, name):
+    modern = '--rotary=True', '--qk_norm=True', '--activation=relu2', '--tie_weights=False'
+    first = train_run(*FAST, *modern, '--max_iters=30', '--learning_rate=0.01')
+    capsys.readouterr()
+    small = [a for a in FAST if not re.match('--(n_|block)', a)]
+    train.main([*small, '--max_iters=3', f'--init_from={tmp_path / name}', '--learning_rate=1e-9',
+                f'--out_dir={tmp_path / "next"}'])
+    gc.collect()
+    second = load(tmp_path / 'next')
+    assert second['model_args'] == first['model_args'] and second['iter_num'] == 3
+    for key, tensor in load(tmp_path / 'out', name[4:] or 'model.pth')['model'].items():
+        torch.testing.assert_close(second['model'][key], tensor, atol=1e-6, rtol=1e-6)
+    assert f'init_from={tmp_path / name}' in capsys.readouterr().out
+
+
+def test_weights_of_another_alphabet_or_shape_are_refused(train_run, fails, tmp_path, text):
+    train_run(*FAST, '--max_iters=3')
+    source = f'--init_from={tmp_path / "out"}'
+    other = text.read_text().replace("'", '\u2019')
+    (tmp_path / 'other.txt').write_text(other, encoding='utf-8')
+    datasets.write_dataset('other', str(tmp_path / 'other.txt'), 'char')
+    err = fails(*FAST, source, '--dataset=other', out=tmp_path / 'next')
+    assert 'another tokenizer' in err and f'--tokenizer={tmp_path / "out"}' in err
+    assert 'n_layer=3 but the model' in fails(*FAST, source, '--n_layer=3', out=tmp_path / 'next')
+    assert not (tmp_path / 'next').exists()
+
+
+def test_a_run_with_fsdp_goes_on_in_one_process(train_run, fails, tmp_path, capsys):
+    checkpoint = train_run(*FAST, '--max_iters=3')
+    checkpoint['config']['parallel'] = 'fsdp'
+    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    assert train_run('--init_from=resume', '--max_iters=6')['config']['parallel'] == 'ddp'
+    assert 'note: --parallel=ddp, because' in capsys.readouterr().out
+    assert 'use --parallel=ddp' in fails('--init_from=resume', '--max_iters=9', '--parallel=fsdp')

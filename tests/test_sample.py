@@ -10,7 +10,7 @@ from torch import nn
 import sample
 from configurator import configure
 from data import runs
-from data.tokenizers import CharTokenizer
+from data.tokenizers import CharTokenizer, unescape
 from model import GPT, GPTConfig, KVCache
 from sample import CastLinear, FBGEMMLinear, Int8Linear, OneDNNLinear, place_for_generation
 
@@ -50,7 +50,7 @@ def test_a_sample_begins_with_the_prompt_from_any_directory(project, trained, tm
     elsewhere.mkdir()
     out, err = script(project, 'sample.py', '--start=What is an LLM?', '--num_samples=3',
                       cwd=elsewhere)
-    assert len(re.findall(r'^What is an LLM\?', out, re.M)) == 3 and not err
+    assert len(re.findall(r'^\[What is an LLM\?\]', out, re.M)) == 3 and not err
     assert str(trained) in out
     assert re.search(r'3 x 500 tokens in \d+\.\d+ s: \d+ tokens/s$', out)
     assert os.listdir(elsewhere) == []
@@ -80,7 +80,7 @@ def test_sampling_is_repeatable_and_needs_no_dataset(project, trained, sampled):
 @pytest.mark.parametrize('choice', ['--dtype=float16', '--dtype=bfloat16', '--quantize=int8'])
 def test_weights_of_fewer_bytes_still_tell_what_was_learned(trained, sampled, choice):
     out = sampled(f'--out_dir={trained}', choice, '--start=The ')
-    assert len(out.split('---------------')) == 3 and out.count('\nThe ') == 2
+    assert len(out.split('---------------')) == 3 and out.count('\n[The ]') == 2
     # the lines that tell what is used
     assert (choice[2:] if 'dtype' in choice else ', as int8\n') in out
 
@@ -92,7 +92,7 @@ def test_a_batch_of_samples_and_streaming_show_the_same_greedy_text(trained, sam
         return re.sub(r'.*\n.*\n', '', out, count=1).rsplit('\n', 2)[0]
     one, two = text(1), text(2)
     assert two == f'{one}\n---------------\n{one}\n---------------'
-    assert one.startswith('The ') and len(one) == 24
+    assert one.startswith('[The ]') and len(one) == 26
 
 
 def test_the_prompt_can_come_from_a_file_be_empty_or_be_too_long(trained, sampled, tmp_path):
@@ -392,3 +392,18 @@ def test_the_dtype_of_weights_is_the_fastest_for_the_machine(
     monkeypatch.setattr(sample, 'cpu_multiplies_bfloat16', lambda: bf16)
     monkeypatch.setattr(sample, 'FBGEMM', fbgemm)
     assert sample.pick_dtype(kind, dtype, quantize, num_samples) == expected
+
+
+def test_stop_and_start_may_name_line_breaks_and_tabs(trained, sampled):
+    common = f'--out_dir={trained}', '--temperature=0', '--dtype=float32', '--num_samples=2'
+    text = sampled(*common, '--start=The ', '--max_new_tokens=30').split('[The ]')[1]
+    end = text[3:5]
+    stopped = sampled(*common, '--start=The ', f'--stop={end}').split('[The ]')[1]
+    assert stopped == text[:text.index(end)] + '\n---------------\n'
+    assert unescape(r'a\nb\tc\\nd\x') == 'a\nb\tc\\nd\\x'
+    assert '[one\ntwo]' in sampled(*common, r'--start=one\ntwo')
+    # a newline that is given as \n ends the sample that a real newline ends
+    texts = [sampled(*common, '--start=a\nb', '--temperature=3',
+                    '--max_new_tokens=300', f'--stop={stop}').split('[a')[1]
+             for stop in (r'\n', '\n', '')]
+    assert texts[0] == texts[1] != texts[2]

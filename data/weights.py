@@ -1,0 +1,85 @@
+"""
+The weights that a new run starts from: those of an earlier run, or GPT-2's; the memory they need.
+"""
+import math
+import os
+
+import torch
+
+from configurator import fail, one_line_errors
+from data.checkpoints import load_checkpoint, load_model
+from data.gpt2 import GPT2_NAMES, gpt2_config, gpt2_folder, load_gpt2
+
+
+def checkpoint_path(init_from):
+    """Return the path of the weights if --init_from names a run's folder or checkpoint, or None."""
+    if init_from in ('scratch', 'resume', 'auto', *GPT2_NAMES):
+        return None
+    names = [os.path.join(init_from, 'model.pth'), os.path.join(init_from, 'ckpt.pt'), init_from]
+    return next(filter(os.path.isfile, names), None)
+
+
+def saved_shape(init_from):
+    """Return the settings of the shape of the weights that --init_from names, {} if not a run's."""
+    path = checkpoint_path(init_from)
+    shape = load_checkpoint(path)['model_args'] if path else {}
+    return {key: value for key, value in shape.items() if key != 'dropout'}
+
+
+def find_weights(init_from, wanted, tokenizer, process):
+    """Return (shape, problems, load) of the weights that --init_from names.
+
+    init_from: a run's folder, one of its checkpoints, a name of GPT-2, or a folder with its
+    weights. wanted: the GPTConfig of the settings; its dropout holds, and its block_size shortens
+    GPT-2. tokenizer: of the data. shape: the GPTConfig of the weights. problems: how the data
+    contradicts them. load: a function that returns the model.
+    """
+    if path := checkpoint_path(init_from):
+        checkpoint = load_checkpoint(path)
+        model = load_model(path, checkpoint, dropout=wanted.dropout)
+        problems = []
+        if checkpoint['tokenizer'] != tokenizer.to_dict():
+            problems.append(f'the data has another tokenizer than {path}: make data in the same '
+                            'tokens with python data/text/prepare.py --input=FILE --name=NAME '
+                            f'--tokenizer={init_from}')
+        return model.config, problems, lambda: model
+    with one_line_errors(f'--init_from={init_from}: '):
+        folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
+        shape = gpt2_config(folder, wanted.block_size, wanted.dropout)
+    problems = []
+    if shape.vocab_size not in (tokenizer.vocab_size, wanted.vocab_size):
+        problems.append(f'the data has a vocabulary of {tokenizer.vocab_size}, '
+                        f'the model one of {shape.vocab_size}')
+
+    def load():
+        with one_line_errors(f'--init_from={init_from}: '):
+            folder = gpt2_folder(init_from, process=process)
+            return load_gpt2(folder, wanted.block_size, wanted.dropout)
+    return shape, problems, load
+
+
+def need_memory(shape, shards, process):
+    """Fail if training a model of this GPTConfig can never fit into the memory of the device.
+
+    shards: the number of processes that share the model.
+    """
+    c = shape
+    tables = 1 if c.tie_weights else 2
+    n = 12 * c.n_layer * c.n_embd**2 + (tables * c.vocab_size + c.block_size) * c.n_embd
+    need = 16 * n / shards  # weights, gradients and two moments of AdamW, in float32
+    have = total_memory(process.device)
+    if need > have:
+        fail(f'a model of {n / 1e6:,.0f}M parameters takes {need / 1e9:.1f} GB in training, '
+             f'{process.device} has {have / 1e9:.1f} GB: use a smaller n_embd or n_layer, or '
+             '--parallel=fsdp on more devices')
+
+
+def total_memory(device):
+    """Return the bytes of memory of the device."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == 'mps':
+        return torch.mps.recommended_max_memory()
+    if not hasattr(os, 'sysconf'):  # Windows
+        return math.inf
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
