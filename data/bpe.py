@@ -1,0 +1,172 @@
+r"""
+Byte pair encoding (BPE): how a tokenizer is trained on text.
+
+    from data.bpe import PATTERN, count_pieces, train_bpe
+    tokens = train_bpe(count_pieces(['some text', 'another text']), vocab_size=1024)
+    ranks = {token: i for i, token in enumerate(tokens)}
+    bpe = tiktoken.Encoding('mine', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+Training has two steps:
+
+1. count_pieces splits the text into pieces, and counts how often each piece occurs. A typical piece
+   is a word with the space before it. The same pieces occur again and again: 100 MB of text often
+   has fewer than a million different pieces.
+2. train_bpe starts with one token per byte. It finds the most frequent pair of adjacent tokens, and
+   merges this pair into a new token in all pieces. It repeats this until there are vocab_size
+   tokens. The two tokens of a pair are always in the same piece, so no token crosses the end of a
+   piece.
+
+The tokens can encode any text, because each of the 256 bytes is a token.
+
+Sources: https://arxiv.org/abs/1508.07909 (BPE for words), and GPT-2's paper, "Language Models are
+Unsupervised Multitask Learners" (BPE for bytes).
+"""
+import heapq
+import sys
+from collections import Counter, defaultdict
+
+import regex  # tiktoken requires this package; Python's re does not know \p{L}
+
+# GPT-4's pattern (cl100k_base in tiktoken 0.3). Newer versions of tiktoken write \p{N}{1,3}+ and
+# \s++$, which other regex engines read differently.
+PATTERN = '|'.join([
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
+    r'[^\r\n\p{L}\p{N}]?\p{L}+',      # letters, with one space or symbol before them
+    r'\p{N}{1,3}',                    # at most three digits
+    r' ?[^\s\p{L}\p{N}]+[\r\n]*',     # symbols, with one space before and line breaks after them
+    r'\s*[\r\n]+',                    # line breaks, with the white space before them
+    r'\s+(?!\S)',                     # white space, without the last space before a word
+    r'\s+',                           # other white space
+])
+
+# All bytes, in the order of GPT-2's vocabulary: first the visible characters of Latin-1, then the
+# other bytes. Training uses this order only to choose between equally frequent pairs.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_ORDER = bytes(VISIBLE + [byte for byte in range(256) if byte not in VISIBLE])
+
+
+def count_pieces(texts):
+    """Count the pieces of an iterable of strings. Returns a Counter of piece (bytes) -> count.
+
+    100 MB of text take about 15 seconds on one core. To use several cores, cut the text into parts,
+    count the pieces of each part, and add the counts. Cut between a line break and a visible
+    character: no piece contains both. A cut at another place may divide a piece.
+
+    UnicodeEncodeError says that a string contains a lone surrogate.
+    """
+    split = regex.compile(PATTERN)
+    pieces = Counter()
+    for text in texts:
+        # one piece at a time: a list of all pieces would need ten times the memory of the text
+        pieces.update(match.group() for match in split.finditer(text))
+    return Counter({piece.encode('utf-8'): count for piece, count in pieces.items()})
+
+
+def train_bpe(pieces, vocab_size):
+    """Return the tokens that BPE learns from pieces, as a list of bytes. The index is the token id.
+
+    pieces: dict of piece (bytes) -> count, as count_pieces returns it. Each count is at least 1.
+
+    The first 256 tokens are the single bytes, in order of value. The other tokens follow in the
+    order of the merges. Training stops early if no pair is left, because each piece has become a
+    single token. Then there are fewer than vocab_size tokens.
+
+    Each merge takes the most frequent pair. Among equally frequent pairs, it takes the pair with
+    the smallest first token. Among those, it takes the pair with the smallest second token. Here
+    "smaller" means made earlier, and the single bytes are ordered as in BYTE_ORDER. BpeTrainer in
+    Hugging Face's tokenizers has the same rules, so it learns the same tokens. The order of the
+    dict has no effect.
+
+    ValueError says that vocab_size is out of range.
+    """
+    if not 256 <= vocab_size <= sys.maxunicode + 1:
+        raise ValueError(f'vocab_size={vocab_size}: it must be at least 256, because each byte is '
+                         f'a token, and at most {sys.maxunicode + 1:,}')
+    tokens = [bytes([byte]) for byte in BYTE_ORDER]
+    words, counts = make_words(pieces)
+    pair_counts, places = count_pairs(words, counts)
+
+    # The heap has one entry (-count, pair) for each pair that is not yet merged. heappop returns
+    # the smallest entry. The minus sign makes this the pair with the highest count.
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    while heap and len(tokens) < vocab_size:
+        negative_count, pair = heapq.heappop(heap)
+        count = pair_counts[pair]
+        if count != -negative_count:
+            # other merges have lowered the count of this pair: put it back with its present count
+            if count > 0:
+                heapq.heappush(heap, (-count, pair))
+            continue
+        # The same bytes are merged in the same way in all words, so two different pairs never make
+        # the same token.
+        new_token = chr(len(tokens))
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
+        new_pairs = merge_pair(pair, new_token, words, counts, pair_counts, places)
+        for new_pair in new_pairs:
+            heapq.heappush(heap, (-pair_counts[new_pair], new_pair))
+    return [bytes([byte]) for byte in range(256)] + tokens[256:]
+
+
+def make_words(pieces):
+    """Return the pieces as a list of words, and a list of their counts.
+
+    A word is a piece as a string with one character per token: chr(i) is token i. A pair is a
+    string of two such characters. Then Python's fast string methods can find and merge a pair.
+    """
+    token_of_byte = bytes(BYTE_ORDER.index(byte) for byte in range(256))
+    # decoding as latin-1 turns the number i into chr(i)
+    words = [piece.translate(token_of_byte).decode('latin-1') for piece in pieces]
+    return words, list(pieces.values())
+
+
+def count_pairs(words, counts):
+    """Return two dicts: pair -> count, and pair -> places.
+
+    The places of a pair are the indices of the words that contain the pair, as a list. An index
+    occurs several times in the list if the word contains the pair several times.
+    """
+    pair_counts, places = defaultdict(int), defaultdict(list)
+    for i, word in enumerate(words):
+        for left, right in zip(word, word[1:]):
+            pair_counts[left + right] += counts[i]
+            places[left + right].append(i)
+    return pair_counts, places
+
+
+def merge_pair(pair, new_token, words, counts, pair_counts, places):
+    """Replace the pair by new_token in all words. Returns the set of pairs that contain new_token.
+
+    Updates words, places, and the counts of all other pairs. Only the words that contain the pair
+    are visited. Counting all pairs again after each merge would take hundreds of times as long.
+    """
+    new_pairs = set()
+    for i in set(places.pop(pair)):
+        # there is only one part if an earlier merge has removed the pair from this word
+        parts = words[i].split(pair)
+        words[i] = new_token.join(parts)
+        for old_pair, new_pair in changed_pairs(parts, pair, new_token):
+            pair_counts[old_pair] -= counts[i]
+            pair_counts[new_pair] += counts[i]
+            places[new_pair].append(i)
+            new_pairs.add(new_pair)
+    return new_pairs
+
+
+def changed_pairs(parts, pair, new_token):
+    """Return a list of (old pair, new pair): what a merge does to the neighbours of the pair.
+
+    parts: the word, split at the pair. Example: the word xaby is split at ab into x and y. If the
+    new token is N, the word becomes xNy. So the pair xa becomes xN, and the pair by becomes Ny.
+    """
+    first, second = pair
+    changed = []
+    for left, right in zip(parts, parts[1:]):  # the pair was between left and right
+        if left:
+            changed.append((left[-1] + first, left[-1] + new_token))
+        if right:
+            changed.append((second + right[0], new_token + right[0]))
+    for part in parts[1:-1]:
+        if not part:  # the pair came twice in a row: abab becomes NN, so ba becomes NN
+            changed.append((second + first, new_token + new_token))
+    return changed
