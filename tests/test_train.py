@@ -424,7 +424,7 @@ def test_a_small_model_gets_far_below_the_unigram_entropy(train_run, tmp_path, t
     characters = text.read_text()
     entropy = unigram_entropy(characters)
     assert abs(first['val_loss'] - math.log(len(set(characters)))) < 0.2
-    assert last['val_loss'] < entropy - 0.9, (last, entropy)
+    assert last['val_loss'] < entropy - 1.3, (last, entropy)  # bigrams alone have -0.85
 
 
 @pytest.mark.parametrize('more', [
@@ -787,7 +787,7 @@ def test_a_short_speedrun_learns_faster_than_the_defaults(train_run, project, tm
         out = tmp_path / name
         train_run(*config, *small, f'--out_dir={out}', out=out)
         losses.append(metrics(out)[1][-1]['val_loss'])
-    assert losses[0] < 2.6 < 3.0 < losses[1]
+    assert losses[0] < 2.4 < 2.9 < losses[1]
 
 
 def test_sigterm_and_ctrl_c_finish_the_update_save_and_say_how_to_go_on(project, tmp_path):
