@@ -1,9 +1,16 @@
 """The budgets of the project hold: sizes of files, lengths of lines, the direction of imports."""
 import ast
 import pathlib
+import sys
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
 
 FOLDER = pathlib.Path(ROOT)
 LINES = {'train.py': 600, 'model.py': 550, 'sample.py': 280, 'configurator.py': 430,
@@ -69,3 +76,22 @@ def test_imports_go_one_way(name, forbidden):
 def test_imports_are_found_in_every_form():
     source = 'import a.b\nfrom c.d import e\nimport f as g, h\ndef i():\n    from j import k\n'
     assert imports(source) == {'a', 'c', 'f', 'h', 'j'}
+
+
+def test_pyproject_and_the_requirements_agree():
+    project = tomllib.loads(read('pyproject.toml'))['project']
+    assert read('requirements.txt').splitlines() == project['dependencies']
+    first, *dev = read('requirements-dev.txt').splitlines()
+    assert first == '-r requirements.txt' and dev == project['optional-dependencies']['dev']
+    assert project['requires-python'] == '>=3.10'
+    assert 'Python 3.10 or newer' in read('README.md')
+
+
+def test_ci_installs_a_version_of_torch_that_the_requirements_admit():
+    requirement, = (r for r in map(Requirement, read('requirements.txt').split())
+                    if r.name == 'torch')
+    constraints = [line for line in read('.ci/constraints.txt').splitlines() if line[0] != '#']
+    pinned, = map(Requirement, constraints)
+    (pin,) = pinned.specifier
+    assert pinned.name == 'torch' and pin.operator == '==' and pin.version in requirement.specifier
+    assert 'PIP_CONSTRAINT="$PWD/.ci/constraints.txt"' in read('.ci/run')
