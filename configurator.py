@@ -341,10 +341,11 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
         fail(f'WORLD_SIZE={world_size}, but RANK, MASTER_ADDR or MASTER_PORT is missing: '
              'start the processes with torchrun')
     device = pick_device(device, local_rank)
+    nccl = device.type == 'cuda' and dist.is_nccl_available()  # torch for Windows has none
     if backend == 'auto':
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
-    if backend == 'nccl' and device.type != 'cuda' and world_size > 1:
-        fail('backend=nccl needs CUDA devices: use --backend=gloo')
+        backend = 'nccl' if nccl else 'gloo'
+    if backend == 'nccl' and not nccl and world_size > 1:
+        fail('backend=nccl needs CUDA devices and a torch with nccl: use --backend=gloo')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for products that stay in float32
@@ -402,8 +403,7 @@ def pick_device(device='auto', local_rank=0):
 def pick_dtype(kind):
     """Return the name of the fastest dtype for matrix products on this kind of device."""
     if kind == 'cuda':  # Volta and Turing only emulate bfloat16, slowly
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return 'bfloat16' if native else 'float16'
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     return 'bfloat16' if kind == 'cpu' and cpu_multiplies_bfloat16() else 'float32'
 
 

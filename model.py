@@ -471,8 +471,9 @@ def cpu_multiplies_bfloat16():
     bfloat16 is many times faster than float32 with AMX, twice as fast on AMD's avx512_bf16, and
     half as fast on Intel's avx512_bf16 without AMX, so that case is timed (20 ms).
     """
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() \
-        and product_flops(512, torch.bfloat16) > product_flops(512, torch.float32)
+    amx = getattr(torch.cpu, '_is_amx_tile_supported', bool)  # private: a torch may lack both
+    bf16 = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True)
+    return amx() or bf16() and product_flops(512, torch.bfloat16) > product_flops(512, torch.float32)
 
 def keep_memory():
     """Make glibc's malloc keep freed memory, in huge pages: a third less time for an update."""

@@ -123,8 +123,7 @@ def last_run():
     """Return the folder of the latest run."""
     if runs := [run for run in read_runs() if os.path.isdir(run)]:
         return runs[-1]
-    fail('nothing has been trained yet (no checkpoints.log): run python train.py, '
-         'or give --out_dir')
+    fail('nothing has been trained yet: run python train.py, or give --out_dir')
 
 def export_model(model, tokenizer):
     """Write config.json, model.safetensors and, for byte pairs, the tokenizer to `export`."""
@@ -187,16 +186,25 @@ def place_for_generation(model, device, dtype, quantize, num_samples):
         return model.to(dtype)
     # oneDNN makes GELU of a few rows slower, so use it only for its own products
     onednn = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)()
     torch.backends.mkldnn.enabled = onednn or dtype == torch.float32 and not quantize
     stored = {torch.bfloat16: OneDNNLinear if onednn else CastLinear,
               torch.float16: FBGEMMLinear if FBGEMM else CastLinear}.get(dtype)
     stored = Int8Linear if quantize else stored
+    stored = stored and works(stored)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if stored and isinstance(child, nn.Linear):
                 delattr(module, name)
                 setattr(module, name, stored(child, dtype, num_samples))
+
+def works(kind):
+    """Return the class `kind` of those below if this torch has its private functions, or None."""
+    try:
+        kind(nn.Linear(16, 16), torch.bfloat16, 1)(torch.zeros(1, 1, 16))
+        return kind
+    except (AttributeError, RuntimeError, TypeError):
+        print(f'note: {kind.__name__} does not work with torch {torch.__version__}: using float32')
 
 class CastLinear:
     """A Linear with weights in any dtype, for any processor; inputs and outputs are float32.
@@ -215,8 +223,7 @@ class CastLinear:
 class FBGEMMLinear:
     """float16: the fastest for one row, and for several rows if bfloat16 is slow."""
     def __init__(self, linear, dtype, rows):
-        weight = linear.weight.float()
-        self.weight = torch.ops.quantized.linear_prepack_fp16(weight, linear.bias)
+        self.weight = torch.ops.quantized.linear_prepack_fp16(linear.weight.float(), linear.bias)
         # called directly, because a look through its arguments takes 5 us
         self.product = torch.ops.quantized.linear_dynamic_fp16._op
 

@@ -257,6 +257,34 @@ def test_setup_refuses_what_it_cannot_do(monkeypatch, capsys, settings, words):
     assert words in line
 
 
+def test_where_torch_has_no_nccl_the_processes_use_gloo(monkeypatch, capsys):
+    """As in torch for Windows."""
+    def init_process_group(backend, **_):
+        raise SystemExit(backend)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda precision: None)
+    monkeypatch.setattr(configurator, 'fresh_store', lambda *_: None)
+    monkeypatch.setattr(configurator.dist, 'init_process_group', init_process_group)
+    for available, backend in ((True, 'nccl'), (False, 'gloo')):
+        monkeypatch.setattr(configurator.dist, 'is_nccl_available', lambda: available)
+        with pytest.raises(SystemExit, match=backend):
+            setup(device='cuda')
+    line, = fails(capsys, setup, device='cuda', backend='nccl')
+    assert 'a torch with nccl: use --backend=gloo' in line
+
+
+def test_without_torchs_private_functions_a_timing_tells_whether_bfloat16_is_fast(monkeypatch):
+    for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
+        monkeypatch.delattr(torch.cpu, name)
+    for fastest in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: dtype == fastest)
+        answer = configurator.cpu_multiplies_bfloat16.__wrapped__()
+        assert answer == (fastest == torch.bfloat16)
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)

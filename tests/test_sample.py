@@ -1,6 +1,7 @@
 """sample.py: prompts, samples, exports, and weights of fewer bytes on a CPU."""
 import os
 import re
+import types
 
 import pytest
 import torch
@@ -377,6 +378,32 @@ def test_weights_are_stored_for_the_kernels_that_the_machine_has(
     others = [p for m in model.modules() if not isinstance(m, kinds)
               for p in m.parameters(recurse=False)]
     assert others and all(p.dtype == torch.float32 for p in others)
+
+
+def other_arguments(weight):
+    """Stands in for a private function of torch whose arguments have changed."""
+
+
+@pytest.mark.parametrize('functions', [{}, {'linear_prepack_fp16': other_arguments,
+                                            'embedding_bag_byte_prepack': other_arguments,
+                                            '_reorder_linear_weight': other_arguments}])
+@pytest.mark.parametrize('dtype, quantize, name', [
+    pytest.param(torch.bfloat16, '', 'OneDNNLinear', marks=onednn),
+    pytest.param(torch.float16, '', 'FBGEMMLinear', marks=fbgemm),
+    (torch.float32, 'int8', 'Int8Linear')])
+def test_without_torchs_private_functions_the_weights_stay_in_float32(
+        dtype, quantize, name, functions, monkeypatch, capsys):
+    for library in ('mkldnn', 'quantized'):
+        monkeypatch.setattr(torch.ops, library, types.SimpleNamespace(**functions))
+    model = small_gpt().eval()
+    idx = torch.randint(50, (2, 16))
+    with torch.no_grad():
+        exact = model(idx)[0]
+        place_for_generation(model, CPU, dtype, quantize, 2)
+        assert torch.allclose(model(idx)[0], exact, atol=1e-5)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    expected = f'note: {name} does not work with torch {torch.__version__}: using float32\n'
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize('kind, dtype, quantize, num_samples, bf16, fbgemm, expected', [
