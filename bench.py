@@ -12,6 +12,7 @@ import time
 
 _started = time.perf_counter()
 
+import contextlib
 import copy
 import json
 import os
@@ -117,7 +118,7 @@ def time_updates(learner, data):
             print('wrote trace.json: open it at https://ui.perfetto.dev')
     return result | dict(
         tps=tps, mfu=100 * learner.model.flops_per_token() * tps / peak if peak else None,
-        peak_tflops=peak / 1e12, peak_memory_mb=peak_memory(process) / 1e6,
+        peak_tflops=peak / 1e12, peak_memory_mb=peak_memory(process),
         startup_seconds=startup_seconds, compile_seconds=compile_seconds,
         first_step_seconds=first_step_seconds)
 
@@ -127,18 +128,18 @@ class RandomTokens:
         self.vocab_size = vocab_size
 
     def train_batch(self, first, count, process, noise):
-        generator = process.generator('bench', first)
         shape = count, train.block_size + 1
-        ids = torch.randint(self.vocab_size, shape, generator=generator)
+        ids = torch.randint(self.vocab_size, shape, generator=process.generator('bench', first))
         return ids[:, :-1].clone(), ids[:, 1:].clone()
 
 def peak_memory(process):
-    """Return the peak memory in bytes: of the GPU's allocator, or of the process."""
+    """Return the peak memory in MB, of the GPU's allocator or of the process; None on Windows."""
     if process.device.type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else peak * 1024
+        return torch.cuda.max_memory_allocated() / 1e6
+    with contextlib.suppress(ImportError):
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e6 if sys.platform == 'darwin' else peak * 1024 / 1e6
 
 def time_generation(model, process):
     """Return the tokens per second of one sample, of ten, and of one with int8 weights."""
@@ -218,7 +219,7 @@ def compare_with_baseline(argv):
     table = {}
     for key in ('tps', 'sample_tps_1', 'sample_tps_1_int8', 'sample_tps_10', 'peak_memory_mb',
                 'dt', 'startup_seconds', 'first_step_seconds'):
-        if key in results[True][0] and key in results[False][0]:
+        if results[True][0].get(key) and results[False][0].get(key):
             a, b = (statistics.median(r[key] for r in results[plain]) for plain in (True, False))
             table[key] = dict(baseline=a, quill=b, ratio=b / a)
             print(f'{key:20} {a:12.6g} {b:12.6g} {b / a:8.3g}')

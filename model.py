@@ -473,7 +473,8 @@ def cpu_multiplies_bfloat16():
     """
     amx = getattr(torch.cpu, '_is_amx_tile_supported', bool)  # private: a torch may lack both
     bf16 = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True)
-    return amx() or bf16() and product_flops(512, torch.bfloat16) > product_flops(512, torch.float32)
+    return amx() or \
+        bf16() and product_flops(512, torch.bfloat16) > product_flops(512, torch.float32)
 
 def keep_memory():
     """Make glibc's malloc keep freed memory, in huge pages: a third less time for an update."""

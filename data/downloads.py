@@ -12,7 +12,7 @@ import tempfile
 import time
 import zipfile
 
-from data.files import cannot_write, lock, sha256_file, write_atomic, write_chunks
+from data.files import cannot_write, lock, sha256_file, take_name, write_atomic, write_chunks
 
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
@@ -60,7 +60,7 @@ def download_resumable(url, path, sha256=None):
             if sha256 and sha256_file(part) != sha256:
                 f.truncate(0)
                 raise DownloadError(f'{url}: the sha256 of the file is not {sha256}')
-        os.replace(part, path)
+        take_name(part, path)
     except BlockingIOError:
         raise DownloadError(f'{url}: another process is downloading it to {part}')
     except DownloadError:
@@ -177,18 +177,20 @@ def pip_download(requirement, sha256, members):
 def pip_archive(requirement, sha256, folder):
     """Download an archive to the empty folder with pip and return its path."""
     pinned = os.path.join(folder, 'requirements.txt')
-    with open(pinned, 'w') as f:
+    with open(pinned, 'w', encoding='utf-8') as f:
         f.write(f'{requirement} --hash=sha256:{sha256}\n')
     command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check']
     command += ['--no-deps', '--retries', '1', '--dest', folder, '--require-hashes', '-r', pinned]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, errors='replace',
+                              timeout=300)
     except subprocess.TimeoutExpired:
         raise DownloadError(f'pip download {requirement}: no answer in 300 s')
     archives = [name for name in os.listdir(folder) if name != 'requirements.txt']
     if done.returncode or not archives:
-        errors = [line for line in done.stderr.splitlines() if line.startswith('ERROR')]
-        raise DownloadError(f'pip download {requirement}: {errors[-1] if errors else "failed"}')
+        lines = done.stderr.splitlines() or ['failed']  # uv makes environments without pip
+        errors = [line for line in lines if line.startswith('ERROR')]
+        raise DownloadError(f'pip download {requirement}: {(errors or lines)[-1]}')
     return os.path.join(folder, archives[0])
 
 

@@ -53,12 +53,27 @@ def replace_file(path, keep=None):
                 os.link(path, f'{keep}.tmp')
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, f'{keep}.tmp')
-            os.replace(f'{keep}.tmp', keep)
-        os.replace(temporary, path)
+            take_name(f'{keep}.tmp', keep)
+        take_name(temporary, path)
         sync_folder(os.path.dirname(path) or '.')
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def take_name(temporary, path):
+    """Rename a file, and replace the one at `path`.
+
+    Windows refuses that while another process, a virus scanner for example, reads one of them:
+    then try again for six seconds.
+    """
+    for wait in (0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 0):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError as e:
+            if not wait or not getattr(e, 'winerror', None):
+                raise
+            time.sleep(wait)
 
 
 def sync_folder(path):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import re
 import time
 
@@ -12,6 +13,7 @@ from configurator import HERE, fail, first_line, torchrun
 from data.checkpoints import saved_step, unchanged
 from data.files import cannot_write, lock, need_space, replace_file, write_atomic
 
+WINDOWS = os.name == 'nt'
 RUNS_LOG = os.path.join(HERE, 'checkpoints.log')  # one out_dir a line, the latest run last
 
 
@@ -80,6 +82,8 @@ def keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model):
             if name != ckpt and (name == 'ckpt.pt' or step > resumed_at):
                 rename_aside(path, step)
     elif paths or read_metrics(out_dir):
+        if WINDOWS:  # a folder that holds an open file cannot be renamed, and there is no lock
+            out_lock.close()
         rename_aside(out_dir, max([0, *map(saved_step, paths)]))
         out_lock = claim(out_dir)
     return out_lock
@@ -95,7 +99,7 @@ def rename_aside(path, step):
     kept = next(name for name in names if not os.path.exists(name))  # with -2, -3 ... if need be
     real = os.path.realpath(path)
     try:
-        if any(os.path.commonpath([real, d]) == real for d in (os.path.realpath('.'), HERE)):
+        if any(pathlib.Path(d).is_relative_to(real) for d in (os.path.realpath('.'), HERE)):
             raise OSError(0, 'it is or holds the current folder, or quill itself')
         os.rename(path, kept)
     except OSError as e:

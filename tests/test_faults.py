@@ -412,6 +412,29 @@ def test_without_hard_links_the_previous_checkpoint_is_a_copy(train_run, tmp_pat
     assert no_temporary_files(out)
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='reads /proc')
+def test_on_windows_an_earlier_run_is_renamed_too(train_run, tmp_path, monkeypatch):
+    """Windows renames no folder with an open file in it, and compares no paths of two drives."""
+    real = os.rename
+
+    def rename(old, new):
+        if any(os.path.realpath(f'/proc/self/fd/{fd}').startswith(f'{old}/')
+               for fd in os.listdir('/proc/self/fd')):
+            raise PermissionError(errno.EACCES, 'Access is denied')
+        real(old, new)
+
+    def commonpath(paths):
+        raise ValueError("Paths don't have the same drive")
+    monkeypatch.setattr(os, 'rename', rename)
+    monkeypatch.setattr(os.path, 'commonpath', commonpath)
+    monkeypatch.setattr(runs, 'WINDOWS', True)
+    for max_iters in (3, 6):
+        train_run(*FAST, f'--max_iters={max_iters}')
+    kept, = [name for name in os.listdir(tmp_path) if name != 'out']
+    assert load(tmp_path / kept)['iter_num'] == 3 and load(tmp_path / 'out')['iter_num'] == 6
+    assert os.path.exists(tmp_path / 'out' / 'run.lock')
+
+
 def test_a_wandb_that_does_not_start_changes_nothing(train_run, fails, tmp_path, monkeypatch):
     train_run(*FAST, '--max_iters=3')
     before = snapshot(tmp_path / 'out')

@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's fol
 from configurator import configure, fail, run_main
 from data.datasets import write_meta
 from data.downloads import DATA_DIR, DownloadError, append_rest, fetch, hub_address
-from data.files import cannot_write, lock, need_space
+from data.files import cannot_write, lock, need_space, take_name
 from data.tokenizers import GPT2Tokenizer
 
 shards = 1  # number of training shards, at most 103
@@ -71,7 +71,7 @@ def assemble(names, path):
             begin = end
             print(f'{os.path.basename(path)}: {begin // 2:,} tokens', flush=True)
         f.truncate(begin)  # in case an earlier run had more shards
-    os.replace(part, path)
+    take_name(part, path)
     return counts
 
 
