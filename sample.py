@@ -22,7 +22,7 @@ from data.datasets import read_text
 from data.files import cannot_write
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
 from data.runs import read_runs
-from data.tokenizers import GPT2Tokenizer, encode_prompt, tokenizer_from_dict
+from data.tokenizers import encode_prompt, pretrained_tokenizer, tokenizer_from_dict
 from model import cpu_multiplies_bfloat16
 
 # -----------------------------------------------------------------------------
@@ -78,10 +78,8 @@ def main():
     else:
         with one_line_errors(f'--init_from={init_from}: '):
             model = load_gpt2(gpt2_folder(init_from))
-            if model.config.vocab_size < GPT2Tokenizer.vocab_size:
-                raise ValueError('this folder has another vocabulary than GPT-2, and holds no '
-                                 'tokenizer: use the checkpoint it was exported from')
-        tokenizer = GPT2Tokenizer()
+            saved = pretrained_tokenizer(init_from, model.config.vocab_size)
+        tokenizer = tokenizer_from_dict(saved)
         print(f'weights of {init_from}, {model.num_params(False):,} parameters')
     if export:
         return export_model(model, tokenizer)
@@ -126,7 +124,7 @@ def last_run():
     fail('nothing has been trained yet: run python train.py, or give --out_dir')
 
 def export_model(model, tokenizer):
-    """Write config.json, model.safetensors and, for byte pairs, the tokenizer to `export`."""
+    """Write config.json, model.safetensors and the files of the tokenizer to `export`."""
     with one_line_errors(f'--export={export}: '):
         os.makedirs(export, exist_ok=True)
         try:
@@ -138,7 +136,7 @@ def export_model(model, tokenizer):
                 cannot_write(export, e)
             raise
     print(f'exported to {export}: transformers.GPT2LMHeadModel.from_pretrained({export!r}) '
-          'loads it' + ', without a tokenizer' * (tokenizer.eot is None))
+          'loads it, and AutoTokenizer its tokenizer')
 
 class Text:
     """The text of one sample: whole characters only, and nothing from `stop` on."""

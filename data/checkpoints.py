@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from configurator import fail, first_line, one_line_errors, torchrun
-from data.datasets import read_meta
+from data.datasets import adopt_nanogpts, read_meta
 from data.files import cannot_write, replace_file
 from data.tokenizers import tokenizer_size
 from model import GPT, GPTConfig, Muon
@@ -87,6 +87,8 @@ def adopt_nanogpt(checkpoint):
     except (KeyError, TypeError, AttributeError):
         raise ValueError('it is a checkpoint neither of quill nor of nanoGPT')
     try:
+        if not gpt2:
+            adopt_nanogpts(name)
         checkpoint['tokenizer'] = {'kind': 'gpt2'} if gpt2 else read_meta(name)['tokenizer']
     except SystemExit:
         raise ValueError(f"it is nanoGPT's and holds no tokenizer: prepare data/{name} first")

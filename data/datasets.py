@@ -6,16 +6,18 @@ A dataset is a folder data/NAME with three files:
     meta.json            tokenizer, vocab_size, dtype, source, sha256; tokens and bytes per split
 """
 import codecs
+import hashlib
 import importlib
 import json
 import os
 
 import numpy as np
 
-from configurator import fail, one_line_errors
+from configurator import fail, one_line_errors, torchrun
+from data import nanogpt
 from data.downloads import DATA_DIR
 from data.files import sha256_file, write_atomic
-from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_size
+from data.tokenizers import CharTokenizer, tokenizer_from_dict, tokenizer_size
 from data.windows import Tokens
 
 SPLITS = ('train', 'val')
@@ -36,21 +38,28 @@ def read_text(path):
         fail(f'{path}: not UTF-8 at byte {byte}: convert it first, for example with iconv -t UTF-8')
 
 
-def write_dataset(name, path, kind):
-    """Make the dataset data/NAME from the text at path, with a tokenizer of this kind.
+def write_dataset(name, path, kind, drop=False):
+    """Make the dataset data/NAME from the text at path.
 
-    kind: char or gpt2. The first 90% of the characters are for training, the rest for validation.
+    kind: char for the characters of the text, gpt2, or the tokenizer to use, as its to_dict returns
+    it. drop: leave out characters that this tokenizer lacks, which is an error otherwise. The first
+    90% of the characters are for training, the rest for validation.
     """
     text = read_text(path)
+    if kind == 'char':
+        tokenizer = CharTokenizer(text)
+    else:
+        tokenizer = tokenizer_from_dict({'kind': 'gpt2'} if kind == 'gpt2' else kind)
+    if isinstance(tokenizer, CharTokenizer):
+        text = without_missing(text, tokenizer, drop)
     if len(text) < 20:
         fail(f'{path}: {len(text)} characters are too few for training and validation')
     print(f'{path}: {len(text):,} characters')
     sha256 = sha256_file(path)
-    tokenizer = CharTokenizer(text) if kind == 'char' else GPT2Tokenizer()
     folder = os.path.join(DATA_DIR, name)
-    meta_path = os.path.join(folder, 'meta.json')
-    if os.path.exists(meta_path):
-        os.remove(meta_path)  # it exists only while both .bin files are complete
+    for meta in ('meta.json', 'meta.pkl'):  # they exist only while both .bin files are complete
+        if os.path.exists(os.path.join(folder, meta)):
+            os.remove(os.path.join(folder, meta))
     cut = len(text) * 9 // 10
     tokens, sizes = {}, {}
     for split, part in (('train', text[:cut]), ('val', text[cut:])):
@@ -60,8 +69,25 @@ def write_dataset(name, path, kind):
         tokens[split], sizes[split] = len(ids), len(part.encode('utf-8'))
         print(f'{bin_path}: {len(ids):,} tokens')
     write_meta(folder, tokenizer, os.path.basename(path), sha256, tokens, sizes)
-    units = f'characters {tokenizer.chars!r}' if kind == 'char' else 'byte pairs of GPT-2'
+    units = 'byte pairs' + ' of GPT-2' * (kind == 'gpt2')
+    if isinstance(tokenizer, CharTokenizer):
+        shown = tokenizer.chars[:200]
+        units = f'characters {shown!r}' + ' ...' * (len(shown) < tokenizer.vocab_size)
     print(f'vocabulary: {tokenizer.vocab_size:,} {units}', flush=True)
+
+
+def without_missing(text, tokenizer, drop):
+    """Return text without the characters that the tokenizer lacks; fail unless they may be lost."""
+    if not (missing := tokenizer.missing(text)):
+        return text
+    known = text.translate(dict.fromkeys(map(ord, missing)))
+    more = f' and {len(missing) - 50} others' * (len(missing) > 50)
+    count = f'{len(text) - len(known):,} of {len(text):,} characters'
+    what = f'{count} are not in the vocabulary: ' + ' '.join(map(repr, missing[:50])) + more
+    if not drop:
+        fail(f'{what}: leave them out with --unknown=drop')
+    print(f'note: left out, {what}')
+    return known
 
 
 def write_meta(folder, tokenizer, source, sha256, tokens, sizes):
@@ -81,6 +107,46 @@ def id_dtype(tokenizer):
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
 
 
+def text_size(path, tokenizer, dtype='uint16'):
+    """Return the number of bytes of the text in a .bin file. End-of-text tokens have no text.
+
+    Fails if the file holds an id that is not one of the tokenizer's.
+    """
+    size, ids = tokenizer.vocab_size, range(tokenizer.vocab_size)
+    lengths = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i)) for i in ids])
+    total = 0
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 24):
+            ids = np.frombuffer(chunk, dtype=dtype)
+            if ids.max() >= size:
+                fail(f'{path}: token id {ids.max()} is outside the vocabulary of {size:,}')
+            total += int(lengths[ids].sum())
+    return total
+
+
+def adopt_nanogpts(name):
+    """Write the meta.json of a dataset that nanoGPT prepared in data/NAME, if it is missing."""
+    folder = os.path.join(DATA_DIR, name)
+    if not nanogpt.outdated(folder):
+        return
+    with one_line_errors(f'data/{name} is not of quill (python data/text/prepare.py --input=FILE '
+                         '--name=NAME makes a dataset of any text): '):
+        saved = nanogpt.read_vocabulary(folder)
+        tokenizer_size(saved)
+    tokenizer, digest, tokens, sizes = tokenizer_from_dict(saved), hashlib.sha256(), {}, {}
+    for split in SPLITS:
+        path = os.path.join(folder, f'{split}.bin')
+        if os.path.getsize(path) % 2:
+            fail(f'{path}: its bytes are not a whole number of 2-byte tokens, as nanoGPT writes')
+        tokens[split] = os.path.getsize(path) // 2
+        sizes[split] = text_size(path, tokenizer)
+        digest.update(sha256_file(path).encode())
+    write_meta(folder, tokenizer, 'nanoGPT', digest.hexdigest(), tokens, sizes)
+    if torchrun('RANK', 0) == 0:
+        print(f'note: data/{name} is in the form of nanoGPT: wrote its meta.json, with a '
+              f'vocabulary of {tokenizer.vocab_size:,}', flush=True)
+
+
 def open_dataset(name, block_size, process):
     """Return (meta, train, val): the content of meta.json, and the Tokens of both splits.
 
@@ -88,11 +154,15 @@ def open_dataset(name, block_size, process):
     """
     if os.path.basename(name) != name or name in ('', '.', '..'):
         fail(f'dataset={name}: dataset is the name of a folder in data/')
+    process.once_per_node(lambda: adopt_nanogpts(name))
     if name in ('shakespeare_char', 'shakespeare'):
         process.once_per_node(lambda: prepare_if_missing(name, process))
     command = prepare_command(name)
     if missing := missing_file(name):
-        fail(f'no {missing} in data/{name}: run {command}')
+        nanogpts = ''
+        if missing == 'meta.json':
+            nanogpts = " (if it is nanoGPT's, put its meta.pkl or its prepare.py there instead)"
+        fail(f'no {missing} in data/{name}: run {command}{nanogpts}')
     meta = read_meta(name)
     splits = []
     for split in SPLITS:
@@ -123,13 +193,16 @@ def missing_file(name):
 def prepare_command(name):
     """Return the command that prepares the dataset."""
     if os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
-        return f'python data/{name}/prepare.py'
+        nanogpts = nanogpt.prepared_here(os.path.join(DATA_DIR, name))
+        more = ', which has to write train.bin and val.bin' * nanogpts
+        return f'python data/{name}/prepare.py{more}'
     return f'python data/text/prepare.py --input=FILE --name={name}'
 
 
 def prepare_if_missing(name, process):
-    """Run main() of data/NAME/prepare.py if a file of the dataset is missing."""
-    if missing := missing_file(name):
+    """Run main() of data/NAME/prepare.py, if it is quill's and a file of the dataset is missing."""
+    missing = missing_file(name)
+    if missing and not nanogpt.prepared_here(os.path.join(DATA_DIR, name)):
         process.print(f'no {missing} in data/{name} yet: running data/{name}/prepare.py')
         importlib.import_module(f'data.{name}.prepare').main()
 

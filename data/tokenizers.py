@@ -1,5 +1,5 @@
 """
-The two tokenizers: one token per character, and GPT-2's byte pairs.
+The three tokenizers: one token per character, byte pairs of one's own, and GPT-2's byte pairs.
 
 eot is the id of the end-of-text token, or None. tokenizer_from_dict restores what to_dict saved.
 """
@@ -12,28 +12,35 @@ import shutil
 import numpy as np
 import torch
 
-from configurator import fail
+from configurator import fail, one_line_errors
 from data.downloads import DATA_DIR, DownloadError, download, fetch, pip_download
 from data.files import sha256_file
+from data.gpt2 import GPT2_NAMES
+from data.huggingface import LETTERS, read_tokenizer, to_bytes, write_tokenizer
 
 
 class CharTokenizer:
-    """One token per character. The ids follow the sorted order of the characters."""
+    """One token per character: those of a text in sorted order, or `chars` in the order of ids."""
     eot = None
 
-    def __init__(self, chars):
-        self.chars = ''.join(sorted(set(chars)))
+    def __init__(self, text='', chars=''):
+        self.chars = chars or ''.join(sorted(set(text)))
         self.vocab_size = len(self.chars)
 
     def encode(self, text):
         """Return the ids of text as an array. ValueError names characters without an id."""
-        if missing := sorted(set(text) - set(self.chars)):
+        if missing := self.missing(text):
             shown = ' '.join(map(repr, missing[:10]))
             raise ValueError(f'not in the vocabulary of {self.vocab_size} characters: {shown}')
         # search in arrays of code points: a Python loop takes seconds per 10 MB of text
         known = np.frombuffer(self.chars.encode('utf-32-le'), dtype=np.uint32)
         points = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
-        return np.searchsorted(known, points)
+        order = np.argsort(known)
+        return order[np.searchsorted(known[order], points)]
+
+    def missing(self, text):
+        """Return the characters of text that have no id, sorted."""
+        return ''.join(sorted(set(text) - set(self.chars)))
 
     def decode(self, ids):
         """Return the text of an iterable of ids."""
@@ -44,13 +51,53 @@ class CharTokenizer:
         return self.chars[token].encode('utf-8')
 
     def save_pretrained(self, folder):
-        """Write nothing, because Hugging Face has no tokenizer for characters."""
+        """Write the files that transformers.AutoTokenizer.from_pretrained(folder) reads."""
+        write_tokenizer(folder, self.to_dict())
 
     def to_dict(self):
         return {'kind': 'char', 'chars': self.chars}
 
 
-class GPT2Tokenizer:
+class BytePairTokenizer:
+    """Byte-level BPE, encoded by tiktoken. Every text has ids.
+
+    pattern: regular expression that splits a text into pieces, within which bytes are paired.
+    tokens: the tokens in the order of their ids, with a letter for each byte (see
+    data/huggingface.py). Pairs with lower ids are merged first. special: ids of tokens that are
+    written as they are, and that no text is encoded to. eot is one of them, or None.
+    """
+
+    def __init__(self, pattern, tokens, special=(), eot=None):
+        import tiktoken  # not at the top, because characters need no tiktoken
+        self.pattern, self.tokens, self.special = pattern, tokens, sorted(special)
+        self.eot, self.vocab_size = eot, len(tokens)
+        named = {tokens[i]: i for i in special}
+        ranks = {to_bytes(token): i for i, token in enumerate(tokens) if token not in named}
+        self.bpe = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens=named)
+
+    def encode(self, text):
+        """Return the ids of text as an array. The text `<|endoftext|>` is encoded as plain text."""
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        """Return the text of an iterable of ids. Bytes that are not UTF-8 are replaced."""
+        return self.bpe.decode(list(ids), errors='replace')
+
+    def token_bytes(self, token):
+        """Return the bytes of one token, which may be a part of a character."""
+        return self.bpe.decode_single_token_bytes(token)
+
+    def save_pretrained(self, folder):
+        """Write the files that transformers.AutoTokenizer.from_pretrained(folder) reads."""
+        write_tokenizer(folder, self.to_dict())
+
+    def to_dict(self):
+        return {'kind': 'bpe', 'pattern': self.pattern, 'tokens': self.tokens,
+                'special': self.special, 'eot': self.eot}
+
+
+class GPT2Tokenizer(BytePairTokenizer):
     """GPT-2's byte pairs, encoded by tiktoken. The first use downloads two files."""
     BASE = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
     FILES = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
@@ -62,7 +109,7 @@ class GPT2Tokenizer:
     eot = 50256
 
     def __init__(self):
-        import tiktoken  # not at the top, because characters need no tiktoken
+        import tiktoken
         # tiktoken looks for the files in this folder, too
         os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(DATA_DIR, 'gpt2_bpe'))
         self.paths = {name: self.get_file(name, sha256) for name, sha256 in self.FILES.items()}
@@ -87,18 +134,6 @@ class GPT2Tokenizer:
             fail(f'no GPT-2 tokenizer: {e}. Get {url} by other means and save it as {path}')
         return path
 
-    def encode(self, text):
-        """Return the ids of text as an array. The text `<|endoftext|>` is encoded as plain text."""
-        return self.bpe.encode_to_numpy(text, disallowed_special=())
-
-    def decode(self, ids):
-        """Return the text of an iterable of ids. Bytes that are not UTF-8 are replaced."""
-        return self.bpe.decode(list(ids), errors='replace')
-
-    def token_bytes(self, token):
-        """Return the bytes of one token, which may be a part of a character."""
-        return self.bpe.decode_single_token_bytes(token)
-
     def save_pretrained(self, folder):
         """Write the three files that transformers.AutoTokenizer.from_pretrained(folder) reads."""
         shutil.copyfile(self.paths['encoder.json'], os.path.join(folder, 'vocab.json'))
@@ -118,18 +153,60 @@ def tokenizer_size(saved):
 
     Needs no download. ValueError says that `saved` does not describe a tokenizer.
     """
-    if saved.get('kind') == 'gpt2':
+    kind, tokens = saved.get('kind'), saved.get('chars')
+    if kind == 'gpt2':
         return GPT2Tokenizer.vocab_size
-    chars = saved.get('chars')
-    if saved.get('kind') == 'char' and isinstance(chars, str) and chars:
-        if len(chars) == len(set(chars)):
-            return len(chars)
+    good = kind == 'char' and isinstance(tokens, str)
+    if kind == 'bpe':
+        tokens, special, eot = saved.get('tokens'), saved.get('special'), saved.get('eot')
+        good = isinstance(saved.get('pattern'), str) and is_list(tokens, str) \
+            and is_list(special, int) and set(special) <= set(range(len(tokens))) \
+            and (eot is None or eot in special)
+        ordinary = set(tokens) - {tokens[i] for i in special} if good else set()
+        good = set(LETTERS) <= ordinary and '' not in tokens \
+            and set(''.join(ordinary)) == set(LETTERS)
+    if good and tokens and len(set(tokens)) == len(tokens):
+        return len(tokens)
     raise ValueError('it does not describe a tokenizer')
 
 
+def is_list(x, kind):
+    """Return whether x is a list of values of exactly this type."""
+    return isinstance(x, list) and all(type(value) is kind for value in x)
+
+
 def tokenizer_from_dict(saved):
-    """Return the tokenizer whose to_dict returned `saved`."""
-    return GPT2Tokenizer() if saved['kind'] == 'gpt2' else CharTokenizer(saved['chars'])
+    """Return the tokenizer whose to_dict returned `saved`, which tokenizer_size has checked."""
+    if saved['kind'] == 'gpt2':
+        return GPT2Tokenizer()
+    if saved['kind'] == 'char':
+        return CharTokenizer(chars=saved['chars'])
+    with one_line_errors(f'the pattern {saved["pattern"]!r} of the tokenizer cannot be used: '):
+        return BytePairTokenizer(saved['pattern'], saved['tokens'], saved['special'], saved['eot'])
+
+
+def pretrained_tokenizer(path, vocab_size=None):
+    """Return the tokenizer that belongs to weights of Hugging Face, as its to_dict returns it.
+
+    path: the name of a GPT-2, the folder of the weights, or a tokenizer.json. vocab_size: that of
+    the weights, if there are any. ValueError says why no tokenizer fits exactly.
+    """
+    if path in GPT2_NAMES:
+        return {'kind': 'gpt2'}
+    saved = read_tokenizer(path)
+    if saved is None and vocab_size and 50257 <= vocab_size <= 50304:  # GPT-2's, maybe padded
+        return {'kind': 'gpt2'}
+    if saved is None:
+        raise ValueError('it holds no tokenizer: put the tokenizer.json that belongs to these '
+                         'weights into the folder')
+    size = tokenizer_size(saved)
+    if vocab_size and size > vocab_size:
+        raise ValueError(f'its tokenizer has {size} tokens, but its weights only {vocab_size}')
+    if saved['kind'] == 'bpe':
+        tokenizer, every = tokenizer_from_dict(saved), ''.join(map(chr, range(0xd800)))
+        if tokenizer.decode(tokenizer.encode(every)) != every:
+            raise ValueError('its pre_tokenizer leaves out a part of a text')
+    return saved
 
 
 def encode_prompt(tokenizer, text, device='cpu'):
@@ -142,10 +219,10 @@ def encode_prompt(tokenizer, text, device='cpu'):
         ids = tokenizer.encode(text)
     elif tokenizer.eot is not None:
         ids = [tokenizer.eot]
-    elif '\n' in tokenizer.chars:
-        ids = tokenizer.encode('\n')
-    else:
+    elif isinstance(tokenizer, CharTokenizer) and tokenizer.missing('\n'):
         ids = [0]
+    else:
+        ids = tokenizer.encode('\n')
     return torch.tensor(np.array(ids, dtype=np.int64), device=device)[None]
 
 

@@ -9,6 +9,7 @@ import torch
 from configurator import fail, one_line_errors
 from data.checkpoints import load_checkpoint, load_model
 from data.gpt2 import GPT2_NAMES, gpt2_config, gpt2_folder, load_gpt2
+from data.tokenizers import pretrained_tokenizer
 
 
 def checkpoint_path(init_from):
@@ -37,21 +38,21 @@ def find_weights(init_from, wanted, tokenizer, process):
     if path := checkpoint_path(init_from):
         checkpoint = load_checkpoint(path)
         model = load_model(path, checkpoint, dropout=wanted.dropout)
-        problems = []
-        if checkpoint['tokenizer'] != tokenizer.to_dict():
-            problems.append(f'the data has another tokenizer than {path}: make data in the same '
-                            'tokens with python data/text/prepare.py --input=FILE --name=NAME '
-                            f'--tokenizer={init_from}')
-        return model.config, problems, lambda: model
-    with one_line_errors(f'--init_from={init_from}: '):
-        folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
-        shape = gpt2_config(folder, wanted.block_size, wanted.dropout)
+        shape, theirs = model.config, checkpoint['tokenizer']
+    else:
+        with one_line_errors(f'--init_from={init_from}: '):
+            folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
+            shape = gpt2_config(folder, wanted.block_size, wanted.dropout)
+            theirs = pretrained_tokenizer(init_from, shape.vocab_size)
     problems = []
-    if shape.vocab_size not in (tokenizer.vocab_size, wanted.vocab_size):
-        problems.append(f'the data has a vocabulary of {tokenizer.vocab_size}, '
-                        f'the model one of {shape.vocab_size}')
+    if theirs != tokenizer.to_dict():
+        problems.append(f'the data has a vocabulary of {tokenizer.vocab_size} other tokens than '
+                        f'{init_from}: write it in the same tokens with python data/text/'
+                        f'prepare.py --input=FILE --name=NAME --tokenizer={init_from}')
 
     def load():
+        if path:
+            return model
         with one_line_errors(f'--init_from={init_from}: '):
             folder = gpt2_folder(init_from, process=process)
             return load_gpt2(folder, wanted.block_size, wanted.dropout)

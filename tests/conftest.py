@@ -96,6 +96,15 @@ def same_kernels(monkeypatch):
 
 
 @pytest.fixture
+def bpe(monkeypatch):
+    """Provide the files of GPT-2's tokenizer, or skip the test."""
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(ROOT, 'data', 'gpt2_bpe')
+    if not os.path.isdir(cache):
+        pytest.skip('needs the GPT-2 tokenizer: python data/shakespeare/prepare.py downloads it')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.path.abspath(cache))
+
+
+@pytest.fixture
 def process():
     return Process(torch.device('cpu'), torch.float32, seed=1)
 

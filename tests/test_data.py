@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -28,7 +29,7 @@ import data.openwebtext.prepare as openwebtext
 import data.shakespeare.prepare as shakespeare
 import data.text.prepare as own_text
 from configurator import Process, configure
-from data import datasets, downloads, files, gpt2
+from data import datasets, downloads, files, gpt2, nanogpt
 from data.downloads import DownloadError, download, download_resumable, fetch
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
@@ -237,16 +238,6 @@ def test_gpt2s_files_come_out_of_the_wheel(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # tokenizers
 
-@pytest.fixture
-def bpe(monkeypatch):
-    """Provide the files of GPT-2's tokenizer, or skip the test."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(here, '..', 'data', 'gpt2_bpe')
-    if not os.path.isdir(cache):
-        pytest.skip('needs the GPT-2 tokenizer: python data/shakespeare/prepare.py downloads it')
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.path.abspath(cache))
-
-
 def test_character_ids_follow_the_sorted_order():
     tokenizer = CharTokenizer('hello, wörld')
     assert tokenizer.chars == ' ,dehlorwö' and tokenizer.vocab_size == 10
@@ -317,7 +308,8 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
             (['--input=none.txt', '--name=x'], 'No such file'),
             (['--input=latin1.txt', '--name=../x'], 'the name of a dataset begins with'),
             (['--input=latin1.txt', '--name=shakespeare'], 'has its own prepare.py'),
-            (['--input=latin1.txt', '--name=x', '--tokenizer=word'], 'one of char, gpt2')):
+            (['--input=latin1.txt', '--name=x', '--tokenizer=word'], 'one of char, gpt2'),
+            (['--input=latin1.txt', '--name=x', '--unknown=keep'], 'unknown is drop')):
         with pytest.raises(SystemExit) as e:
             configure(vars(own_text), arguments)
             own_text.main()
@@ -412,6 +404,163 @@ def test_a_full_disk_while_preparing_is_one_line(server, tmp_path, monkeypatch, 
         files.need_space(str(tmp_path), 10**18)
     assert e.value.code == 1
     assert 'this takes 1000000000000.0 MB' in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# datasets that nanoGPT prepared
+
+@pytest.fixture
+def theirs(project):
+    """The folder data/theirs, as nanoGPT's way of preparing characters leaves it; and its text."""
+    text = 'Zebras & äpfel, ☕!\n' * 60
+    chars = sorted(set(text), reverse=True)  # the ids may have any order
+    ids = np.array([chars.index(c) for c in text], dtype=np.uint16)
+    folder = project / 'data' / 'theirs'
+    folder.mkdir()
+    ids[:900].tofile(folder / 'train.bin')
+    ids[900:].tofile(folder / 'val.bin')
+    meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
+            'stoi': {c: i for i, c in enumerate(chars)}}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    (folder / 'prepare.py').write_text('raise SystemExit("not needed")')
+    yield folder, text, meta
+    shutil.rmtree(folder)
+
+
+def opened(name, block_size=8):
+    return datasets.open_dataset(name, block_size, Process(torch.device('cpu'), torch.float32))
+
+
+def test_a_dataset_of_nanogpt_is_ordinary_from_then_on(theirs, train_run, capsys):
+    folder, text, _ = theirs
+    meta, train, val = opened('theirs')
+    assert "note: data/theirs is in the form of nanoGPT" in capsys.readouterr().out
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    ids = np.concatenate([np.fromfile(folder / f'{s}.bin', meta['dtype'])
+                          for s in ('train', 'val')])
+    assert tokenizer.decode(ids) == text and tokenizer.encode(text).tolist() == ids.tolist()
+    assert meta['tokens'] == {'train': 900, 'val': len(text) - 900} == {'train': train.n,
+                                                                       'val': val.n}
+    assert meta['bytes'] == {'train': len(text[:900].encode()), 'val': len(text[900:].encode())}
+    saved = train_run('--dataset=theirs', '--max_iters=1')
+    assert saved['tokenizer'] == meta['tokenizer'] and 'note: data/' not in capsys.readouterr().out
+    # their prepare.py, run again, leaves meta.json as it was: another vocabulary, the same size
+    chars = meta['tokenizer']['chars'][::-1]
+    (folder / 'meta.pkl').write_bytes(pickle.dumps({'itos': list(chars)}))
+    ids[:900].tofile(folder / 'train.bin')
+    os.utime(folder / 'train.bin', (time.time() + 60,) * 2)
+    assert opened('theirs')[0]['tokenizer']['chars'] == chars
+    os.remove(folder / 'val.bin')
+    with pytest.raises(SystemExit):
+        opened('theirs')
+    assert 'run python data/theirs/prepare.py, which has to write train.bin and val.bin' in \
+        capsys.readouterr().err
+
+
+def test_gpt2s_tokens_prepared_by_nanogpt_are_read_without_a_meta_pkl(theirs, bpe, capsys):
+    folder, text, _ = theirs
+    os.remove(folder / 'meta.pkl')
+    with pytest.raises(SystemExit):
+        opened('theirs')
+    assert 'nothing in it tells what its ids mean' in capsys.readouterr().err
+    (folder / 'prepare.py').write_text('enc = tiktoken.get_encoding("gpt2")')
+    ids = GPT2Tokenizer().encode(text)
+    ids.astype(np.uint16).tofile(folder / 'train.bin')
+    np.append(ids, 50256).astype(np.uint16).tofile(folder / 'val.bin')
+    meta, _, _ = opened('theirs')
+    assert meta['tokenizer'] == {'kind': 'gpt2'} and meta['source'] == 'nanoGPT'
+    assert meta['bytes'] == dict.fromkeys(('train', 'val'), len(text.encode()))
+    os.remove(folder / 'meta.json')
+    for size in (50257, 50304):
+        (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': size}))
+        assert opened('theirs')[0]['tokenizer'] == {'kind': 'gpt2'}
+        os.remove(folder / 'meta.json')
+    np.append(ids, 50257).astype(np.uint16).tofile(folder / 'val.bin')
+    with pytest.raises(SystemExit):
+        opened('theirs')
+    assert 'token id 50257 is outside the vocabulary of 50,257' in capsys.readouterr().err
+    assert not (folder / 'meta.json').exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('evil',)
+
+
+# kind: (the content of meta.pkl made of a good one, words of the error)
+BAD_PICKLES = {
+    'code': (lambda m: m | {'more': Evil()}, 'quill reads plain values only'),
+    'numpy': (lambda m: m | {'vocab_size': np.int64(20)}, 'quill reads plain values only'),
+    'list': (lambda m: [1], 'holds a list instead of a dict'),
+    'empty': (lambda m: {}, 'no vocabulary'),
+    'size only': (lambda m: {'vocab_size': 65}, 'no vocabulary'),
+    'words': (lambda m: {'itos': {0: 'the', 1: 'a'}}, "has 'the', and quill reads"),
+    'hole': (lambda m: {'itos': {0: 'a', 2: 'b'}}, 'not a text for each id from 0 to 1'),
+    'bytes': (lambda m: {'itos': [b'a', b'b']}, 'not a text for each id'),
+    'twice': (lambda m: {'itos': ['a', 'a']}, 'contradict each other'),
+    'stoi': (lambda m: m | {'stoi': {'a': 0}}, 'contradict each other'),
+    'size': (lambda m: m | {'vocab_size': 7}, 'contradict each other'),
+    'fewer': (lambda m: {'itos': m['itos'] and list('abc')}, 'outside the vocabulary of 3'),
+}
+
+
+@pytest.mark.parametrize('kind', BAD_PICKLES)
+def test_a_meta_pkl_that_does_not_tell_the_characters_is_one_line(
+        theirs, tmp_path, monkeypatch, capsys, kind):
+    folder, _, meta = theirs
+    monkeypatch.chdir(tmp_path)
+    change, words = BAD_PICKLES[kind]
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(change(meta)))
+    with pytest.raises(SystemExit) as e:
+        opened('theirs')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.count('\n') == 1
+    assert os.listdir(tmp_path) == [] and not (folder / 'meta.json').exists()
+    with open(folder / 'meta.pkl', 'r+b') as f:
+        f.truncate(2)
+    with pytest.raises(SystemExit):
+        opened('theirs')
+    assert 'its meta.pkl cannot be read' in capsys.readouterr().err
+
+
+def test_the_forms_of_a_vocabulary_in_a_meta_pkl_mean_the_same(theirs):
+    folder, _, meta = theirs
+    chars = list(meta['itos'].values())
+    for form in ({'stoi': meta['stoi']}, {'itos': chars}, {'itos': tuple(chars)},
+                 {'itos': meta['itos'], 'vocab_size': len(chars)}, meta | {'author': 'x'}):
+        (folder / 'meta.pkl').write_bytes(pickle.dumps(form))
+        assert nanogpt.read_vocabulary(folder) == {'kind': 'char', 'chars': ''.join(chars)}
+
+
+def test_only_folders_of_nanogpt_are_taken_for_such(project, theirs, text, capsys, monkeypatch):
+    for name in os.listdir(project / 'data'):
+        if os.path.exists(project / 'data' / name / 'prepare.py'):
+            assert nanogpt.prepared_here(project / 'data' / name) == (name == 'theirs'), name
+    # an interrupted preparation leaves .bin files whose ids nothing explains
+    folder = theirs[0]
+    os.remove(folder / 'meta.pkl')
+    os.remove(folder / 'prepare.py')
+    with pytest.raises(SystemExit):
+        opened('theirs')
+    assert "if it is nanoGPT's, put its meta.pkl" in capsys.readouterr().err
+    # the old vocabulary does not stay beside new ids
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(theirs[2]))
+    datasets.write_dataset('theirs', str(text), 'char')
+    assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_files_of_nanogpt_in_data_shakespeare_char_are_used_and_not_replaced(
+        project, theirs, monkeypatch, capsys):
+    folder, own = theirs[0], project / 'data' / 'shakespeare_char'
+    monkeypatch.setattr(datasets, 'write_atomic', lambda path, chunks: files.write_atomic(
+        path, chunks) if path.endswith('.json') else pytest.fail(path))
+    for name in ('train.bin', 'val.bin', 'meta.pkl'):
+        shutil.copy(folder / name, own)
+    try:
+        assert opened('shakespeare_char')[0]['tokens'] == {'train': 900, 'val': 240}
+    finally:
+        for name in ('train.bin', 'val.bin', 'meta.pkl', 'meta.json'):
+            os.remove(own / name)
 
 
 # -----------------------------------------------------------------------------

@@ -197,6 +197,8 @@ def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_pa
     with pytest.raises(SystemExit):
         sampled(f'--out_dir={trained}', f'--export={tmp_path / "int8"}', '--quantize=int8')
     assert 'without --dtype and --export' in capsys.readouterr().err
+    assert '2 x 20 tokens' in sampled(f'--init_from={folder}')
+    os.remove(folder / 'tokenizer.json')
     for arguments, words in (
             ([f'--out_dir={trained}', f'--export={folder}'], 'name another'),
             ([f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}'],

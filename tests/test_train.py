@@ -23,6 +23,7 @@ import sample
 import train
 from configurator import Process, configure
 from data.checkpoints import load_checkpoint
+from data.tokenizers import tokenizer_from_dict
 from data.windows import Tokens, divide
 from model import GPT, GPTConfig, orthogonalize
 from train import evaluate, lr_factor, make_learner, make_optimizers, update
@@ -759,6 +760,7 @@ def test_a_finetuned_gpt2_starts_from_its_weights(
     config = transformers.GPT2Config(vocab_size=meta['vocab_size'], n_positions=64, n_layer=1,
                                      n_head=2, n_embd=16)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'hf')
+    tokenizer_from_dict(meta['tokenizer']).save_pretrained(tmp_path / 'hf')
     monkeypatch.setattr(signal, 'signal', lambda *_: None)  # pytest keeps its handlers
     arguments = [a for a in TINY if not a.startswith(('--n_', '--dropout'))]
     arguments += [f'--init_from={tmp_path / "hf"}', '--max_iters=0', f'--out_dir={tmp_path / "ft"}']

@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import configure, fail, run_main
-from data.datasets import write_meta
+from data.datasets import text_size, write_meta
 from data.downloads import DATA_DIR, DownloadError, append_rest, fetch, hub_address
 from data.files import cannot_write, lock, need_space, take_name
 from data.tokenizers import GPT2Tokenizer
@@ -89,20 +89,6 @@ def shard_tokens(url):
         raise DownloadError(f'{url}: not a shard of tokens (magic {magic}, version {version}, '
                             f'{n} tokens)')
     return int(n)
-
-
-def text_size(path, tokenizer):
-    """Return the number of bytes of the text in a .bin file. End-of-text tokens have no text."""
-    lengths = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.eot)]
-    lengths = np.array(lengths + [0])
-    size = 0
-    with open(path, 'rb') as f:
-        while chunk := f.read(1 << 24):
-            ids = np.frombuffer(chunk, dtype='<u2')
-            if ids.max() > tokenizer.eot:
-                fail(f'{path}: token id {ids.max()} is not an id of GPT-2')
-            size += int(lengths[ids].sum())
-    return size
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's fol
 from configurator import DTYPES, configure, fail, one_line_errors, run_main, setup
 from data.downloads import DATA_DIR, DownloadError, download_resumable
 from data.gpt2 import GPT2_NAMES, gpt2_folder, load_gpt2
-from data.tokenizers import GPT2Tokenizer
+from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
 
 # -----------------------------------------------------------------------------
 # settings
@@ -43,13 +43,10 @@ def main():
     process.once_per_node(lambda: download_questions(path))
     with open(path, encoding='utf-8') as f:
         rows = [json.loads(line) for line in f]
-    tokenizer = GPT2Tokenizer()
     with one_line_errors(f'--init_from={init_from}: '):
         model = load_gpt2(gpt2_folder(init_from, process=process))
-    if model.config.vocab_size < tokenizer.vocab_size:
-        fail(f'--init_from={init_from}: its vocabulary of {model.config.vocab_size} is not that of '
-             'GPT-2')
-    acc, acc_norm = hellaswag(model.eval().to(process.device), tokenizer, rows, process)
+        tokenizer = tokenizer_from_dict(pretrained_tokenizer(init_from, model.config.vocab_size))
+        acc, acc_norm = hellaswag(model.eval().to(process.device), tokenizer, rows, process)
     process.print(f'{init_from} on {len(rows):,} questions of HellaSwag: '
                   f'acc={acc:.4f} acc_norm={acc_norm:.4f}')
     result = {'task': 'hellaswag', 'init_from': init_from, 'n': len(rows), 'acc': acc,
