@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 import configurator
 from configurator import configure, fail, one_line_errors, pick_device, run_main, setup
-from data import tokenizers
 from data.checkpoints import load_checkpoint, load_model
 from data.datasets import read_text
 from data.files import cannot_write
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
+from data.prompts import bracketed, encode_prompt, unescape
 from data.runs import read_runs
-from data.tokenizers import encode_prompt, pretrained_tokenizer, tokenizer_from_dict
+from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
 from model import cpu_multiplies_bfloat16
 
 # -----------------------------------------------------------------------------
@@ -54,9 +54,8 @@ CHOICES = {'weights': ('best', 'last'), 'quantize': ('', 'int8'), 'dtype': confi
 @torch.inference_mode()
 def main():
     # mistakes that need no weights
-    prompt = tokenizers.unescape(start)
-    if start.startswith('FILE:'):
-        prompt = read_text(os.path.expanduser(start.removeprefix('FILE:')))
+    path = os.path.expanduser(start.removeprefix('FILE:'))
+    prompt = read_text(path) if start.startswith('FILE:') else unescape(start)
     if os.path.exists(export) and (not os.path.isdir(export) or os.listdir(export)):
         fail(f'--export={export}: it exists and is not an empty folder, name another')
     kind = pick_device(device).type
@@ -94,10 +93,10 @@ def main():
 
     # text
     t0 = process.clock()
-    texts = [Text(tokenizer, tokenizers.unescape(stop)) for _ in range(num_samples)]
+    texts = [Text(tokenizer, unescape(stop)) for _ in range(num_samples)]
     n = 0
     if num_samples == 1:
-        print(tokenizers.bracketed(prompt), end='', flush=True)
+        print(bracketed(prompt), end='', flush=True)
     for tokens in model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k,
                                  top_p, process.generator('sample', device=process.device),
                                  tokenizer.vocab_size):
@@ -113,7 +112,7 @@ def main():
         print(texts[0].new(end=True))
     else:
         for text in texts:
-            print(f'{tokenizers.bracketed(prompt)}{text.text}\n---------------')
+            print(f'{bracketed(prompt)}{text.text}\n---------------')
     rate = num_samples * n / seconds
     print(f'{num_samples} x {n} tokens in {seconds:.2f} s: {rate:.0f} tokens/s')
 

@@ -20,8 +20,9 @@ import configurator
 from configurator import Process, configure, fail, one_line_errors, run_main, setup, torchrun
 from data import checkpoints, runs
 from data.datasets import open_dataset
+from data.prompts import continue_text, pick_prompt
 from data.signals import catch_signals, guarded
-from data.tokenizers import continue_text, pick_prompt, tokenizer_from_dict
+from data.tokenizers import tokenizer_from_dict
 from data.weights import find_weights, need_memory, saved_shape
 from data.windows import divide
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops, shard
@@ -312,7 +313,7 @@ def check_settings():
     except ValueError as e:
         problems += str(e).split('; ')
     if parallel == 'fsdp' and optimizer == 'muon':
-        problems.append('--parallel=fsdp needs --optimizer=adamw: muon needs whole matrices')
+        problems.append('--parallel=fsdp needs --optimizer=adamw')
     if decay_lr and 0 < lr_decay_iters < warmup_iters:
         problems.append(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}')
     if decay_lr and min_lr > learning_rate and 'min_lr' in _given:

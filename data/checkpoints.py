@@ -159,15 +159,6 @@ def alternative(path):
     return 'train first, or give another --out_dir'
 
 
-def saved_step(path):
-    """Return the step at which the checkpoint at path was saved, or -1 if it is unreadable."""
-    try:
-        step = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num']
-    except Exception:
-        return -1
-    return step if isinstance(step, int) else -1
-
-
 def last_lr(checkpoint):
     """Return the learning rate of AdamW in the last update before the checkpoint, or inf."""
     groups = [group for saved in checkpoint['optimizer'][:1] for group in saved['param_groups']]

@@ -9,8 +9,10 @@ import pathlib
 import re
 import time
 
+import torch
+
 from configurator import HERE, fail, first_line, torchrun
-from data.checkpoints import saved_step, unchanged
+from data.checkpoints import unchanged
 from data.files import cannot_write, lock, need_space, replace_file, write_atomic
 
 WINDOWS = os.name == 'nt'
@@ -87,6 +89,15 @@ def keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model):
         rename_aside(out_dir, max([0, *map(saved_step, paths)]))
         out_lock = claim(out_dir)
     return out_lock
+
+
+def saved_step(path):
+    """Return the step at which the checkpoint at path was saved, or -1 if it is unreadable."""
+    try:
+        step = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num']
+    except Exception:
+        return -1
+    return step if isinstance(step, int) else -1
 
 
 def rename_aside(path, step):

@@ -29,7 +29,7 @@ import data.openwebtext.prepare as openwebtext
 import data.shakespeare.prepare as shakespeare
 import data.text.prepare as own_text
 from configurator import Process, configure
-from data import datasets, downloads, files, gpt2, nanogpt
+from data import checkpoints, datasets, downloads, files, gpt2, nanogpt
 from data.downloads import DownloadError, download, download_resumable, fetch
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
@@ -521,6 +521,13 @@ def test_a_meta_pkl_that_does_not_tell_the_characters_is_one_line(
     with pytest.raises(SystemExit):
         opened('theirs')
     assert 'its meta.pkl cannot be read' in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_nanogpt_finds_its_characters_in_nanogpts_folder(theirs):
+    checkpoint = {'model': {}, 'best_val_loss': 1.5, 'config': {'dataset': 'theirs'},
+                  'model_args': {'vocab_size': 16}}
+    checkpoints.adopt_nanogpt(checkpoint)
+    assert checkpoint['tokenizer']['chars'] == ''.join(theirs[2]['itos'].values())
 
 
 def test_the_forms_of_a_vocabulary_in_a_meta_pkl_mean_the_same(theirs):

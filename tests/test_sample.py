@@ -11,7 +11,8 @@ from torch import nn
 import sample
 from configurator import configure
 from data import runs
-from data.tokenizers import CharTokenizer, unescape
+from data.prompts import unescape
+from data.tokenizers import CharTokenizer
 from model import GPT, GPTConfig, KVCache
 from sample import CastLinear, FBGEMMLinear, Int8Linear, OneDNNLinear, place_for_generation
 

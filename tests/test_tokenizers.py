@@ -13,11 +13,11 @@ import sample
 import train
 from configurator import configure
 from data import datasets, huggingface
+from data.prompts import encode_prompt
 from data.tokenizers import (
     BytePairTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
-    encode_prompt,
     pretrained_tokenizer,
     tokenizer_from_dict,
     tokenizer_size,
@@ -77,7 +77,7 @@ def test_byte_pairs_of_ones_own_equal_those_of_tokenizers(tmp_path, pattern, spe
         assert ours.decode(ids) == text
         assert b''.join(map(ours.token_bytes, ids.tolist())) == text.encode()
     if special:
-        assert ours.decode([0, 1]) == '<|endoftext|>[PAD]'
+        assert ours.decode([0, 1]) == '<|endoftext|>[PAD]' and ours.token_bytes(1) == b'[PAD]'
     assert encode_prompt(ours, '').tolist() == [[0] if special else ours.encode('\n').tolist()]
 
 
@@ -305,12 +305,12 @@ def test_an_exported_character_model_writes_the_same_in_transformers(exported, t
         configure(vars(sample), [*arguments, '--start=The ', '--num_samples=1', '--temperature=0',
                                  '--max_new_tokens=20', '--dtype=float32'])
         sample.main()
-        return re.search('The (?s:.*)(?=\n1 x 20)', capsys.readouterr().out)[0]
+        return re.search('\\[The \\](?s:.*)(?=\n1 x 20)', capsys.readouterr().out)[0]
     text = sampled(f'--init_from={exported}')
     assert text == sampled(f'--out_dir={tmp_path / "out"}')
     pipeline = transformers.pipeline('text-generation', model=str(exported))
     theirs = pipeline('The ', max_new_tokens=20, do_sample=False)[0]['generated_text']
-    assert theirs == text
+    assert f'[The ]{theirs[4:]}' == text
 
 
 def run(arguments):
@@ -331,7 +331,7 @@ def test_an_export_is_not_trained_on_another_alphabet_of_the_same_size(
         train.main([*tiny, '--dataset=curly'])
     remedy = f'--tokenizer={exported}'
     err = capsys.readouterr().err
-    assert e.value.code == 2 and 'other tokens than the model' in err and remedy in err
+    assert e.value.code == 2 and 'other tokens than' in err and remedy in err
     assert err.count('\n') == 1 and not (tmp_path / 'ft').exists()
     train.main([*tiny, '--dataset=topics'])
     # the remedy, which loses the new character only if that is asked for
@@ -391,9 +391,43 @@ def test_a_model_of_byte_pairs_trains_samples_and_exports(folder, tmp_path, trai
         configure(vars(sample), [source, '--max_new_tokens=5', '--num_samples=1', '--start=Ünï'])
         sample.main()
     out = capsys.readouterr().out
-    assert out.count('\nÜnï') == 2 and out.count('1 x 5 tokens') == 2
+    assert out.count('\n[Ünï]') == 2 and out.count('1 x 5 tokens') == 2
     config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
     assert config['eos_token_id'] == 0 and config['vocab_size'] == 400
+
+
+def gpt2_of_transformers(folder, vocab_size):
+    """Save a tiny random model of transformers, with GPT-2's default id of end-of-text."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=64, n_layer=1, n_head=1,
+                                     n_embd=8, initializer_range=1.0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def test_weights_with_a_tokenizer_of_their_own_write_what_transformers_writes(folder, capsys):
+    gpt2_of_transformers(folder, 400)
+    configure(vars(sample), [f'--init_from={folder}', '--max_new_tokens=20', '--num_samples=1',
+                             '--start=Let us see', '--temperature=0', '--dtype=float32'])
+    sample.main()
+    pipeline = transformers.pipeline('text-generation', model=str(folder))
+    theirs = pipeline('Let us see', max_new_tokens=20, do_sample=False)[0]['generated_text']
+    assert len(theirs) > 15
+    assert theirs.replace('Let us see', '[Let us see]') in capsys.readouterr().out
+
+
+def test_gpt2_with_a_pad_token_trains_and_samples(bpe, tmp_path, text, capsys):
+    gpt2_of_transformers(tmp_path / 'hf', 50258)
+    GPT2Tokenizer().save_pretrained(tmp_path / 'hf')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    theirs.add_special_tokens({'pad_token': '[PAD]'})
+    theirs.save_pretrained(tmp_path / 'hf')
+    run([f'--input={text}', '--name=padded', f'--tokenizer={tmp_path / "hf"}'])
+    tiny = [a for a in TINY if not a.startswith(('--n_', '--dropout', '--dataset'))]
+    train.main([*tiny, f'--init_from={tmp_path / "hf"}', '--dataset=padded', '--max_iters=1',
+                f'--out_dir={tmp_path / "out"}'])
+    configure(vars(sample), [f'--init_from={tmp_path / "hf"}', '--max_new_tokens=5'])
+    sample.main()
+    assert '10 x 5 tokens' in capsys.readouterr().out
 
 
 def test_a_tokenizer_in_a_checkpoint_whose_pattern_is_bad_is_one_line(folder, capsys):

@@ -985,7 +985,7 @@ def test_a_compiled_sharded_model_is_compiled_block_by_block(project, train_run,
 
 
 def test_fsdp_refuses_muon_and_a_single_process(train_run, tmp_path, capsys):
-    for arguments, words in ((['--optimizer=muon'], 'muon needs whole matrices'),
+    for arguments, words in ((['--optimizer=muon'], 'needs --optimizer=adamw'),
                              ([], 'torchrun --nproc_per_node=N')):
         with pytest.raises(SystemExit) as e:
             train_run('--parallel=fsdp', *arguments)  # without torchrun
