@@ -435,14 +435,17 @@ def orthogonalize(x):
 # -----------------------------------------------------------------------------
 # how fast a device multiplies
 
-# dense peak TFLOP/s from the vendors' datasheets: (bfloat16 and float16, float32 or TF32);
-# the first name that occurs in the name of the device counts
+# dense peak TFLOP/s from the vendors' datasheets: (bfloat16 and float16 with float32 sums, float32
+# or TF32); the first name that occurs in the name of the device counts
 GPU_PEAK_TFLOPS = {
     'GB200': (2500, 1250), 'B200': (2250, 1125), 'H100 PCIe': (756, 378),
     'H100 NVL': (835, 417.5), 'H100': (989, 494.5), 'H200': (989, 494.5), 'GH200': (989, 494.5),
-    'A100': (312, 156), 'A40': (149.7, 74.8), 'A10G': (70, 35), 'L40S': (362, 183),
-    'L4': (121, 60), 'V100': (125, 15.7), 'T4': (65, 8.1), 'RTX 4090': (165.2, 82.6),
-    'RTX 3090': (71, 35.6), 'A6000': (154.8, 77.4),
+    'H200 NVL': (989, 494.5), 'A100': (312, 156), 'A40': (149.7, 74.8), 'A10': (125, 62.5),
+    'A10G': (70, 35), 'L40': (181, 90.5), 'L40S': (362, 183), 'L4': (121, 60),
+    'V100': (125, 15.7), 'T4': (65, 8.1), 'A6000': (154.8, 77.4), 'MI300X': (1307.4, 653.7),
+    'RTX 5090': (209.5, 104.8), 'RTX 5080': (112.6, 56.3), 'RTX 4090': (165.2, 82.6),
+    'RTX 4080': (97.5, 48.7), 'RTX 4070': (58.3, 29.15), 'RTX 3090': (71, 35.6),
+    'RTX 3080': (59.5, 29.8), 'RTX 3060': (25.5, 12.7),
 }
 
 def peak_flops(process):

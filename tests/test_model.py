@@ -387,14 +387,25 @@ def test_the_peak_is_measured_for_longer_than_a_machine_is_slow(process, monkeyp
 
 def test_gpu_peaks_are_found_by_name(monkeypatch):
     process = Process(torch.device('cuda'), torch.bfloat16)
-    for name, peak in (('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12),
-                       ('NVIDIA A100-SXM4-40GB', 312e12), ('NVIDIA L40S', 362e12),
-                       ('NVIDIA L4', 121e12), ('Tesla T4', 65e12),
-                       ('NVIDIA GeForce RTX 3090', 71e12), ('NVIDIA GeForce RTX 3090 Ti', None),
-                       ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA H200 NVL', None),
-                       ('NVIDIA Mystery 9', None)):
+    for name, peak in (('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756),
+                       ('NVIDIA H200', 989), ('NVIDIA H200 NVL', 989), ('NVIDIA H100 NVL', 835),
+                       ('NVIDIA GB200', 2500), ('NVIDIA GH200 480GB', 989),
+                       ('NVIDIA A100-SXM4-40GB', 312), ('NVIDIA A10', 125), ('NVIDIA A10G', 70),
+                       ('NVIDIA L40', 181), ('NVIDIA L40S', 362), ('NVIDIA L4', 121),
+                       ('Tesla T4', 65), ('AMD Instinct MI300X', 1307.4),
+                       ('AMD Instinct MI300A', None), ('NVIDIA RTX A6000', 154.8),
+                       ('NVIDIA RTX 6000 Ada Generation', None), ('NVIDIA Mystery 9', None)):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: name)
-        assert peak_flops(process) == peak, name
+        assert peak_flops(process) == (peak and peak * 1e12), name
+    for number, peak in ((5090, 209.5), (5080, 112.6), (4090, 165.2), (4080, 97.5), (4070, 58.3),
+                         (3090, 71), (3080, 59.5), (3060, 25.5)):
+        for variant in ('', ' Ti', ' SUPER', ' Ti SUPER', ' D', ' D v2', ' Laptop GPU',
+                        ' Ti Laptop GPU'):
+            name = f'NVIDIA GeForce RTX {number}{variant}'
+            monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: name)
+            assert peak_flops(process) == (None if variant else peak * 1e12), name
     process.dtype = torch.float32  # in TF32
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'NVIDIA H100 80GB HBM3')
     assert peak_flops(process) == 494.5e12
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'NVIDIA GeForce RTX 5090')
+    assert peak_flops(process) == 104.8e12
