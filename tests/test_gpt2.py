@@ -1,12 +1,52 @@
 """data/gpt2.py and data/safetensors.py: GPT-2's weights, in and out."""
 import json
+import os
+import re
+import shlex
+import shutil
+from importlib import util
 
 import pytest
 import torch
 from test_model import make
 
-from data.gpt2 import load_gpt2, save_gpt2
+import train
+from data import datasets
+from data.gpt2 import gpt2_config, hub_cache, load_gpt2, save_gpt2
 from data.safetensors import read_safetensors
+from data.tokenizers import CharTokenizer
+
+LFS = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n'
+
+
+def reference(**more):
+    """Return a tiny GPT-2 of transformers with weights that all matter."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    shape = dict(vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=8, bos_token_id=0,
+                 eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | more)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def same_logits(ours, theirs, atol=1e-4):
+    idx = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        return torch.allclose(ours.eval()(idx)[0], theirs(idx).logits, atol=atol)
+
+
+def change(path, **more):
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a tiny GPT-2."""
+    save_gpt2(make(), tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize('tanh', [False, True])
@@ -62,6 +102,186 @@ def test_what_gpt2_lacks_is_not_exported(tmp_path, variant):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_every_floating_dtype_are_read_to_float32(tmp_path, dtype):
+    theirs = reference().to(dtype)
+    theirs.save_pretrained(tmp_path)
+    model = load_gpt2(tmp_path)
+    assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight.float())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert same_logits(model, theirs.float())
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('stored', ['as transformers does', 'lm_head', 'both'])
+def test_tied_and_untied_weights_are_read_from_any_of_their_names(tmp_path, tied, stored):
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    theirs = reference(tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / 'model.safetensors'
+    tensors = {k: v.clone() for k, v in theirs.state_dict().items()}
+    if stored == 'lm_head' and tied:
+        del tensors['transformer.wte.weight']
+    if stored != 'as transformers does':
+        save_file(tensors, path)
+    assert same_logits(load_gpt2(tmp_path), theirs)
+    if stored == 'both' and tied:
+        tensors['lm_head.weight'] += 1
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match='needs "tie_word_embeddings": false') as e:
+            load_gpt2(tmp_path)
+        assert str(path) in str(e.value)
+        change(tmp_path / 'config.json', tie_word_embeddings=False)  # the remedy
+        assert torch.equal(load_gpt2(tmp_path).lm_head.weight, tensors['lm_head.weight'])
+
+
+def test_names_without_transformer_and_stored_causal_masks_are_read(tmp_path):
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    theirs = reference()
+    theirs.save_pretrained(tmp_path)
+    tensors = {k.removeprefix('transformer.'): v.clone() for k, v in theirs.state_dict().items()
+               if k != 'lm_head.weight'}
+    tensors['h.0.attn.bias'] = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
+    tensors['h.0.attn.masked_bias'] = torch.tensor(-1e4)
+    save_file(tensors, tmp_path / 'model.safetensors')
+    assert same_logits(load_gpt2(tmp_path), theirs)
+
+
+def test_shards_are_read_and_a_missing_one_is_named(tmp_path):
+    theirs = reference()
+    theirs.save_pretrained(tmp_path, max_shard_size='3KB')
+    index = tmp_path / 'model.safetensors.index.json'
+    shards = sorted(path.name for path in tmp_path.glob('model-*.safetensors'))
+    assert len(shards) > 2 and not (tmp_path / 'model.safetensors').exists()
+    assert same_logits(load_gpt2(tmp_path), theirs)
+    os.rename(tmp_path / shards[1], tmp_path / 'elsewhere')
+    with pytest.raises(ValueError, match=f'no {shards[1]} in '):
+        load_gpt2(tmp_path)
+    (tmp_path / shards[1]).write_text(LFS)
+    with pytest.raises(ValueError, match=f'{shards[1]} is a pointer of git-lfs'):
+        load_gpt2(tmp_path)
+    os.replace(tmp_path / 'elsewhere', tmp_path / shards[1])
+    whole = index.read_text()
+    names = json.loads(whole)['weight_map']
+    left = {k: v for k, v in names.items() if v != shards[0]}
+    change(index, weight_map=left)
+    with pytest.raises(ValueError, match='is missing, which the model in config.json has'):
+        load_gpt2(tmp_path)
+    for bad in ({}, [], None, {'a': 3}, 'x'):
+        change(index, weight_map=bad)
+        with pytest.raises(ValueError, match='has no weight_map'):
+            load_gpt2(tmp_path)
+    index.write_text(whole)
+    assert same_logits(load_gpt2(tmp_path), theirs)
+
+
+@pytest.mark.parametrize('name', ["plain", "it's a \"folder\" $HOME"])
+def test_the_command_that_converts_a_pickle_works(tmp_path, name):
+    theirs, folder = reference(), tmp_path / name
+    theirs.save_pretrained(folder)
+    torch.save(theirs.state_dict(), folder / 'pytorch_model.bin')
+    os.remove(folder / 'model.safetensors')
+    with pytest.raises(ValueError, match='pytorch_model.bin is a pickle') as e:
+        load_gpt2(folder)
+    command = shlex.split('python' + str(e.value).partition('convert it by python')[2])
+    assert command[:2] == ['python', '-c'] and 'safe_serialization=True' in command[2]
+    exec(command[2])
+    assert same_logits(load_gpt2(folder), theirs)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'pytorch_model.bin'])
+def test_a_pointer_of_git_lfs_is_called_so(folder, name):
+    if name == 'pytorch_model.bin':
+        os.remove(folder / 'model.safetensors')
+    (folder / name).write_text(LFS)
+    with pytest.raises(ValueError, match=f'{name} is a pointer of git-lfs.*run git lfs pull in'):
+        load_gpt2(folder)
+
+
+@pytest.mark.parametrize('key, value, words', [
+    ('n_inner', 100, 'n_inner=100: quill reads only models with null or 128'),
+    ('model_type', 'llama', 'a model of type "llama", quill reads "gpt2" only'),
+    ('architectures', ['GPT2ForSequenceClassification'],
+     'architectures=["GPT2ForSequenceClassification"]: quill reads only models with '
+     '["GPT2LMHeadModel"] or ["GPT2Model"] or null'),
+    ('activation_function', 'relu', 'activation_function="relu": quill reads only models with '
+     '"gelu_new" or "gelu_pytorch_tanh" or "gelu"'),
+    ('add_cross_attention', True, 'add_cross_attention=true: quill reads only'),
+    ('tie_word_embeddings', 'no', 'tie_word_embeddings="no": quill reads only'),
+    ('layer_norm_epsilon', 1e-6, 'layer_norm_epsilon=1e-06: quill reads only models with 1e-05'),
+    ('n_layer', None, 'n_layer=null: n_layer is at least 1'),
+    ('n_head', 'x', 'n_head="x": n_head is at least 1'),
+    ('n_embd', True, 'n_embd=true: n_embd is at least 1'),
+    ('n_positions', 0, 'n_positions=0: n_positions is at least 1'),
+    ('n_head', 3, 'n_embd=32 is not a multiple of n_head=3'),
+    ('vocab_size', 51, 'model.safetensors: transformer.wte.weight is [50, 32], the model in '
+     'config.json needs [51, 32]'),
+    ('n_positions', 17, 'transformer.wpe.weight is [16, 32], the model in config.json needs [17'),
+    ('n_layer', 3, 'transformer.h.2.attn.c_attn.bias is missing, which the model in config.json'),
+    ('n_layer', 1, 'transformer.h.1.'),
+    ('n_embd', 16, 'transformer.wte.weight is [50, 32], the model in config.json needs [50, 16]'),
+    ('tie_word_embeddings', False, 'lm_head.weight is missing')])
+def test_a_config_that_quill_cannot_follow_is_told_truly(folder, key, value, words):
+    change(folder / 'config.json', **{key: value})
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_gpt2(folder)
+
+
+@pytest.mark.parametrize('key, value', [
+    ('n_inner', None), ('n_inner', 128), ('architectures', None), ('architectures', ['GPT2Model'])])
+def test_a_config_that_says_the_same_is_read(folder, key, value):
+    change(folder / 'config.json', **{key: value})
+    assert torch.equal(load_gpt2(folder).transformer.wte.weight, make().transformer.wte.weight)
+    config = json.loads((folder / 'config.json').read_text())
+    for key in ('architectures', 'n_inner', 'tie_word_embeddings', 'activation_function'):
+        config.pop(key, None)
+    (folder / 'config.json').write_text(json.dumps(config))  # transformers' defaults
+    assert gpt2_config(folder).activation == 'gelu_tanh' and gpt2_config(folder).tie_weights
+
+
+@pytest.mark.parametrize('content, words', [
+    (None, 'no config.json in '), ('{"n_layer": ', 'config.json is not JSON'),
+    ('<html>', 'config.json is not JSON'), (b'\xff\xfe', 'config.json is not JSON'),
+    ('[1]', 'config.json holds [1] instead of {...}'), ('[' * 10**5, 'config.json is not JSON')])
+def test_a_config_that_is_none_is_told_truly(folder, content, words):
+    path = folder / 'config.json'
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_gpt2(folder)
+
+
+def test_damaged_weights_and_weights_of_other_kinds_are_told_truly(folder):
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    path = folder / 'model.safetensors'
+    whole, good = path.read_bytes(), {k: v.clone() for k, v in read_safetensors(str(path)).items()}
+    for content, words in ((whole[:-1], 'ends beyond the end of the file'), (b'', 'longer than'),
+                           (whole[:100], 'its header is longer than the file'),
+                           (b'<!DOCTYPE html><html></html>', 'its header is longer than')):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f'{words}.*: download it again'):
+            load_gpt2(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match='no model.safetensors in'):
+        load_gpt2(folder)
+    name = 'transformer.h.0.mlp.c_fc.weight'
+    for tensor, words in (
+            (torch.zeros(32, 128, dtype=torch.int8), 'holds tensors of dtype I8, which quill'),
+            (torch.zeros(32, 128, dtype=torch.uint8), f'{name} holds torch.uint8: quill reads'),
+            (torch.zeros(32, 4, 32), f'{name} is [32, 4, 32], the model in config.json needs [32,'),
+            (torch.zeros(()), f'{name} is [], the model')):
+        save_file(good | {name: tensor}, path)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load_gpt2(folder)
+    save_file(good | {'transformer.wpe.weight': torch.zeros(())}, path)
+    with pytest.raises(ValueError, match=re.escape('wpe.weight is [], the model')):
+        load_gpt2(folder)
+    save_file(good | {'score.weight': torch.zeros(2, 32)}, path)
+    with pytest.raises(ValueError, match=': score.weight is no weight of the model in config'):
+        load_gpt2(folder)
+
+
 def test_a_hostile_safetensors_header_is_an_error(tmp_path):
     path = str(tmp_path / 'x.safetensors')
 
@@ -74,12 +294,115 @@ def test_a_hostile_safetensors_header_is_an_error(tmp_path):
     write(good)
     assert read_safetensors(path)['a'].shape == (2, 2)
     for bad in ({'data_offsets': [0, 20]}, {'data_offsets': [4, 16]}, {'data_offsets': [-16, 0]},
-                {'shape': [2, 3]}, {'dtype': 'F8'}, {'shape': [-2, -2]}, {'shape': 'x'},
+                {'shape': [2, 3]}, {'dtype': ['F32']}, {'shape': [-2, -2]}, {'shape': 'x'},
                 {'data_offsets': [0]}):
         write({'a': good['a'] | bad})
         with pytest.raises(ValueError, match='not a sound safetensors file'):
             read_safetensors(path)
+    write({'a': good['a'] | {'dtype': 'F8'}})
+    with pytest.raises(ValueError, match='of dtype F8, which quill does not read: save'):
+        read_safetensors(path)
     for length, header in ((2**63, b'{}'), (100, b'{}'), (2, b'[]'), (2, b'{x')):
         write(header, length=length)
         with pytest.raises(ValueError, match='not a sound safetensors file'):
             read_safetensors(path)
+
+
+# -----------------------------------------------------------------------------
+# the cache of Hugging Face, and training
+
+HUB_VARIABLES = ('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE', 'HF_HOME', 'XDG_CACHE_HOME')
+
+
+@pytest.mark.parametrize('values', [
+    {}, dict(XDG_CACHE_HOME='/xdg'), dict(XDG_CACHE_HOME='~/xdg', HF_HUB_CACHE=''),
+    dict(XDG_CACHE_HOME='/xdg', HF_HOME='~/home'), dict(XDG_CACHE_HOME='~/x', HF_HOME='$HOME/h'),
+    dict(HF_HOME=''), dict(HUGGINGFACE_HUB_CACHE='~/old', HF_HOME='/home'),
+    dict(HUGGINGFACE_HUB_CACHE='/old', HF_HUB_CACHE='~/new/$USER_OF_TEST'),
+    dict(HF_HUB_CACHE='/new', HF_HOME='/home', XDG_CACHE_HOME='/xdg')])
+def test_the_cache_lies_where_huggingface_hub_looks(values, monkeypatch):
+    pytest.importorskip('huggingface_hub')
+    monkeypatch.setenv('USER_OF_TEST', 'ada')
+    for key in HUB_VARIABLES:
+        monkeypatch.delenv(key, raising=False)
+    for key, value in values.items():
+        monkeypatch.setenv(key, value)
+    # a second copy of its module reads the environment anew
+    path = util.find_spec('huggingface_hub.constants').origin
+    spec = util.spec_from_file_location('huggingface_hub.constants_again', path)
+    constants = util.module_from_spec(spec)
+    spec.loader.exec_module(constants)
+    assert hub_cache() == constants.HF_HUB_CACHE
+
+
+class FakeGPT2Tokenizer(CharTokenizer):
+    """GPT-2's vocabulary without its files: an id for each character, the rest has no text."""
+    vocab_size, eot = 50257, 50256
+
+    def __init__(self):
+        self.chars = ''.join(map(chr, range(32, 127)))
+
+    def decode(self, ids):
+        assert all(0 <= i < 50257 for i in ids)
+        return 'x' * len(ids)
+
+    def to_dict(self):
+        return {'kind': 'gpt2'}
+
+
+@pytest.fixture
+def gpt2_tokens(project, monkeypatch):
+    """A small dataset in GPT-2's tokens, with a tokenizer that needs no files."""
+    folder = project / 'data' / 'few_gpt2_tokens'
+    folder.mkdir()
+    ids = torch.randint(50257, (3000,), generator=torch.Generator().manual_seed(0))
+    ids[:2], tokens = torch.tensor([50256, 0]), {'train': 2000, 'val': 1000}
+    for name, part in zip(tokens, ids.split([2000, 1000])):
+        part.numpy().astype('uint16').tofile(folder / f'{name}.bin')
+    datasets.write_meta(str(folder), FakeGPT2Tokenizer(), 'test', '0' * 64, tokens, tokens)
+    monkeypatch.setattr(train, 'tokenizer_from_dict', lambda _: FakeGPT2Tokenizer())
+    yield folder.name
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize('vocab_size', [50257, 50258, 50304])
+def test_gpt2_with_rows_of_padding_trains_resumes_and_samples_no_padding(
+        train_run, gpt2_tokens, tmp_path, vocab_size, capsys):
+    model = reference(vocab_size=vocab_size, n_layer=1)
+    with torch.no_grad():  # padding has by far the largest logits: sampling would draw it
+        model.transformer.ln_f.bias.fill_(-1)
+        model.transformer.wte.weight[50257:] = -50
+    model.save_pretrained(tmp_path / 'hf')
+    given = [f'--init_from={tmp_path / "hf"}', f'--dataset={gpt2_tokens}', '--block_size=16']
+    shape = ['--n_layer=1', '--n_embd=8', '--bias=True', '--dropout=0', '--learning_rate=0.01']
+    saved = train_run(*given, *shape, '--max_iters=5', '--eval_interval=5')
+    out = capsys.readouterr().out
+    assert saved['model']['transformer.wte.weight'].shape == (vocab_size, 8)
+    assert '--- sample at step 5 ---' in out
+    saved = train_run('--init_from=resume', '--max_iters=8')
+    assert saved['iter_num'] == 8 and saved['model_args']['vocab_size'] == vocab_size
+
+
+@pytest.mark.parametrize('vocab_size, dataset', [(50256, 'few_gpt2_tokens'), (128, 'topics')])
+def test_a_model_of_another_vocabulary_is_refused(
+        train_run, gpt2_tokens, tmp_path, capsys, vocab_size, dataset):
+    reference(vocab_size=vocab_size, n_layer=1).save_pretrained(tmp_path / 'hf')
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        train.main([f'--init_from={tmp_path / "hf"}', f'--dataset={dataset}', '--block_size=16',
+                    f'--out_dir={tmp_path / "out"}', '--max_iters=0'])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and f'the model one of {vocab_size}' in err
+    assert err.count('\n') == 1 and not (tmp_path / 'out').exists()
+
+
+def test_a_folder_that_cannot_be_read_ends_training_in_one_line(folder, tmp_path, capsys):
+    change(folder / 'config.json', n_inner=100)
+    with pytest.raises(SystemExit) as e:
+        train.main([f'--init_from={folder}', '--dataset=topics', '--block_size=16',
+                    f'--out_dir={tmp_path / "out"}', '--max_iters=0'])
+    err = capsys.readouterr().err
+    assert e.value.code == 2
+    assert err.startswith(f'error: --init_from={folder}: {folder}/config.json has ')
+    assert 'n_inner=100' in err and err.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
