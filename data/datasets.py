@@ -10,13 +10,14 @@ import hashlib
 import importlib
 import json
 import os
+import re
 
 import numpy as np
 
 from configurator import fail, one_line_errors, torchrun
 from data import nanogpt
 from data.downloads import DATA_DIR
-from data.files import sha256_file, write_atomic
+from data.files import sha256_file, show_progress, write_atomic
 from data.tokenizers import CharTokenizer, tokenizer_from_dict, tokenizer_size
 from data.windows import Tokens
 
@@ -63,7 +64,8 @@ def write_dataset(name, path, kind, drop=False):
     cut = len(text) * 9 // 10
     tokens, sizes = {}, {}
     for split, part in (('train', text[:cut]), ('val', text[cut:])):
-        ids = tokenizer.encode(part).astype(id_dtype(tokenizer))
+        ids = [tokenizer.encode(block) for block in show_progress(blocks(part), 'tokenizing')]
+        ids = np.concatenate(ids).astype(id_dtype(tokenizer))
         bin_path = os.path.join(folder, f'{split}.bin')
         write_atomic(bin_path, [ids.tobytes()])
         tokens[split], sizes[split] = len(ids), len(part.encode('utf-8'))
@@ -74,6 +76,18 @@ def write_dataset(name, path, kind, drop=False):
         shown = tokenizer.chars[:200]
         units = f'characters {shown!r}' + ' ...' * (len(shown) < tokenizer.vocab_size)
     print(f'vocabulary: {tokenizer.vocab_size:,} {units}', flush=True)
+
+
+def blocks(text, size=1 << 20):
+    """Return text in blocks of about `size` characters that have the same tokens as the whole.
+
+    A cut lies between a single line break and a letter, which no tokenizer puts into one token.
+    """
+    ends, cut = [0], re.compile(r'(?<=\S\n)(?=\w)')
+    while len(text) - ends[-1] > size:
+        found = cut.search(text, ends[-1] + size)
+        ends.append(found.start() if found else len(text))
+    return [text[start:end] for start, end in zip(ends, [*ends[1:], len(text)])]
 
 
 def without_missing(text, tokenizer, drop):

@@ -261,7 +261,9 @@ def test_where_torch_has_no_nccl_the_processes_use_gloo(monkeypatch, capsys):
     """As in torch for Windows."""
     def init_process_group(backend, **_):
         raise SystemExit(backend)
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    for name, value in (('WORLD_SIZE', '2'), ('RANK', '0'), ('MASTER_ADDR', 'x'),
+                        ('MASTER_PORT', '1')):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
@@ -280,7 +282,7 @@ def test_without_torchs_private_functions_a_timing_tells_whether_bfloat16_is_fas
     for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
         monkeypatch.delattr(torch.cpu, name)
     for fastest in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: dtype == fastest)
+        monkeypatch.setattr(model, 'product_flops', lambda n, dtype: dtype == fastest)
         answer = configurator.cpu_multiplies_bfloat16.__wrapped__()
         assert answer == (fastest == torch.bfloat16)
 

@@ -29,6 +29,7 @@ import data.openwebtext.prepare as openwebtext
 import data.shakespeare.prepare as shakespeare
 import data.text.prepare as own_text
 from configurator import Process, configure
+from data import bpe as bpe_training
 from data import checkpoints, datasets, downloads, files, gpt2, nanogpt
 from data.downloads import DownloadError, download, download_resumable, fetch
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
@@ -1042,3 +1043,19 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch, terminal):
     assert [line.strip() for line in lines] == terminal * [
         '', 'evaluating: 1 of 4, 6 s left', 'evaluating: 2 of 4, 3 s left',
         'evaluating: 3 of 4, 1 s left', '', ''] or not terminal and lines == ['']
+
+
+def test_a_text_in_blocks_has_the_tokens_of_the_whole(monkeypatch):
+    import regex
+    from tiktoken_ext import openai_public
+    patterns = [openai_public.r50k_pat_str, bpe_training.PATTERN]
+    generator = np.random.default_rng(1)
+    parts = list('ab1. \n\n\n\t!/’') + ['\r\n', "'s", 'é', '中', '  ', '\u3000', '\x85']
+    for _ in range(300):
+        text = ''.join(generator.choice(parts, 200))
+        found = datasets.blocks(text, 10)
+        assert ''.join(found) == text
+        for pattern in patterns:
+            pieces = [piece for block in found for piece in regex.findall(pattern, block)]
+            assert pieces == regex.findall(pattern, text)
+    assert len(datasets.blocks('ab\ncd' * 50, 10)) > 10
