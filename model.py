@@ -393,13 +393,14 @@ def shard(model, process):
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalized updates (https://kellerjordan.github.io/posts/muon/).
 
-    torch.optim.Muon always multiplies in bfloat16, which many CPUs emulate slowly. This one
-    multiplies in `dtype`, and orthogonalizes all matrices of one shape together.
+    torch.optim.Muon always multiplies in bfloat16, which many CPUs emulate slowly, and wants whole
+    matrices on every process. This one multiplies in `dtype`, orthogonalizes all matrices of one
+    shape together, and divides this work over the processes.
     """
 
-    def __init__(self, params, lr, momentum, weight_decay, dtype):
+    def __init__(self, params, lr, momentum, weight_decay, dtype, process):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype
+        self.dtype, self.process = dtype, process
 
     @torch.no_grad()
     def step(self):
@@ -410,14 +411,40 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
         for (rows, columns), params in by_shape.items():
-            grads = [p.grad for p in params]
-            means = [self.state[p]['momentum_buffer'] for p in params]
+            means = [local(self.state[p]['momentum_buffer']) for p in params]
+            grads = [local(p.grad) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group['momentum'])
             steps = torch.stack(torch._foreach_lerp(grads, means, group['momentum']))  # Nesterov
-            steps = orthogonalize(steps.to(self.dtype)).float()
+            steps = self.orthogonalize_together(steps, params[0])
+            params = [local(p) for p in params]
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
             scale = max(1, rows / columns)**0.5
             torch._foreach_add_(params, steps.unbind(), alpha=-group['lr'] * scale)
+
+    def orthogonalize_together(self, x, like):
+        """Return x (matrices, rows, columns) orthogonalized; each process does a share of them.
+
+        like: a parameter. If it is sharded, x and the result are this process's rows.
+        """
+        sharded = hasattr(like, 'to_local')
+        if sharded:
+            from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+            mesh = like.device_mesh
+            placements = [Shard(1) if q.is_shard() else q for q in like.placements]
+            whole = torch.empty(len(x), *like.shape, device='meta')
+            x = DTensor.from_local(x, mesh, placements, run_check=False, shape=whole.shape,
+                                   stride=whole.stride()).full_tensor()
+        count = math.ceil(len(x) / self.process.world_size)
+        share = slice(self.process.rank * count, (self.process.rank + 1) * count)
+        y = torch.zeros_like(x)
+        if len(x[share]):
+            y[share] = orthogonalize(x[share].to(self.dtype)).float()
+        y = self.process.all_reduce(y)
+        return local(distribute_tensor(y, mesh, placements, src_data_rank=None)) if sharded else y
+
+def local(tensor):
+    """Return the part of a tensor that this process holds: all of it unless it is sharded."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 def orthogonalize(x):
     """Return x (matrices, rows, columns) with all singular values near 1 (about 0.7 to 1.2).

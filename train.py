@@ -312,8 +312,6 @@ def check_settings():
         model_shape(vocab_size=1)
     except ValueError as e:
         problems += str(e).split('; ')
-    if parallel == 'fsdp' and optimizer == 'muon':
-        problems.append('--parallel=fsdp needs --optimizer=adamw')
     if decay_lr and 0 < lr_decay_iters < warmup_iters:
         problems.append(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}')
     if decay_lr and min_lr > learning_rate and 'min_lr' in _given:
@@ -405,7 +403,7 @@ def make_optimizers(model, process):
     if matrices:
         # never float16: small entries underflow
         dtype = torch.bfloat16 if process.dtype == torch.bfloat16 else torch.float32
-        optimizers.append(Muon(matrices, muon_lr, muon_momentum, weight_decay, dtype))
+        optimizers.append(Muon(matrices, muon_lr, muon_momentum, weight_decay, dtype, process))
     return optimizers
 
 def resume(learner, checkpoint):

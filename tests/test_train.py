@@ -257,13 +257,14 @@ def test_each_learning_rate_is_its_peak_times_the_factor(small_learner, tokens, 
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch has it since 2.9')
-def test_muon_equals_torchs():
+def test_muon_equals_torchs(process):
     shapes = [(96, 32), (32, 32), (128, 32), (32, 128), (96, 32), (32, 32)]
     torch.manual_seed(0)
     start = [torch.randn(s) for s in shapes]
     results = []
-    for make in (torch.optim.Muon, functools.partial(quill_model.Muon, dtype=torch.bfloat16),
-                 functools.partial(quill_model.Muon, dtype=torch.float32)):
+    ours = functools.partial(quill_model.Muon, process=process)
+    for make in (torch.optim.Muon, functools.partial(ours, dtype=torch.bfloat16),
+                 functools.partial(ours, dtype=torch.float32)):
         params = [torch.nn.Parameter(t.clone()) for t in start]
         muon = make(params, lr=0.02, momentum=0.9, weight_decay=0.3)
         for i in range(4):
@@ -914,11 +915,74 @@ def assert_near(got, expected, losses, norms=None):
             assert [r[key] for r in got] == pytest.approx(rows, abs=near)
 
 
+MUON_STEPS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from configurator import setup
+from model import Muon
+
+process = setup(device='cpu', dtype='float32')
+torch.manual_seed(0)
+shapes = [(7, 3)] * 3 + [(2, 9)] * 5 + [(8, 8)]  # fewer rows than processes, uneven rows
+weights = [torch.randn(shape) for shape in shapes]
+grads = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+place = lambda t: t.clone()
+if sys.argv[2] == 'sharded':
+    mesh = init_device_mesh('cpu', (process.world_size,))
+    place = lambda t: distribute_tensor(t, mesh, [Shard(0)])
+params = [torch.nn.Parameter(place(w)) for w in weights]
+muon = Muon(params, 0.02, 0.95, 0.1, torch.float32, process)
+for step in grads:
+    for p, grad in zip(params, step):
+        p.grad = place(grad)
+    muon.step()
+whole = lambda t: t.full_tensor() if hasattr(t, 'full_tensor') else t.detach()
+result = [whole(p).clone() for p in params]
+result += [whole(muon.state[p]['momentum_buffer']).clone() for p in params]
+if process.is_main:
+    torch.save(result, sys.argv[1])
+process.close()
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize('nproc', [2, 4])
+@pytest.mark.parametrize('kind', ['whole', 'sharded'])
+def test_muon_in_many_processes_makes_the_bits_of_one(project, tmp_path, nproc, kind):
+    (tmp_path / 'steps.py').write_text(MUON_STEPS)
+    env = {'PYTHONPATH': str(project), 'OMP_NUM_THREADS': '1'}
+    script(project, tmp_path / 'steps.py', tmp_path / 'one.pt', 'whole', env=env)
+    script(project, tmp_path / 'steps.py', tmp_path / 'many.pt', kind, nproc=nproc, env=env)
+    one, many = (torch.load(tmp_path / f'{name}.pt') for name in ('one', 'many'))
+    assert same_tensors(one, many) and one[0].abs().sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('nproc', [2, 3])
+def test_each_process_orthogonalizes_its_share(project, tmp_path, nproc):
+    (tmp_path / 'steps.py').write_text(MUON_STEPS.replace('process = setup', """
+import model
+real = model.orthogonalize
+def orthogonalize(x):
+    print(f'matrices={len(x)} shape={tuple(x.shape[1:])}', flush=True)
+    return real(x)
+model.orthogonalize = orthogonalize
+process = setup"""))
+    out, _ = script(project, tmp_path / 'steps.py', tmp_path / 'x.pt', 'whole', nproc=nproc,
+                    env={'PYTHONPATH': str(project)})
+    counts = [int(n) for n in re.findall(r'matrices=(\d+) shape=\(2, 9\)', out)]
+    assert sum(counts) == 5 * 3 and max(counts) == -(-5 // nproc)  # three steps, no work twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(
-        project, train_run, tmp_path, capsys):
+        project, train_run, tmp_path, capsys, optimizer):
     more = ['--gradient_accumulation_steps=4', '--max_iters=20', '--eval_interval=10',
-            '--log_interval=1']
+            '--log_interval=1', f'--optimizer={optimizer}']
     ddp = train_run(*more, out=tmp_path / 'ddp')
     script(project, 'train.py', *TINY, *more, '--parallel=fsdp', '--train_iters=10',
            f'--out_dir={tmp_path / "fsdp"}', nproc=2)
@@ -985,8 +1049,8 @@ def test_a_compiled_sharded_model_is_compiled_block_by_block(project, train_run,
         assert re.search(r'# Source node to ATen node mapping|def call\(', err)
 
 
-def test_fsdp_refuses_muon_and_a_single_process(train_run, tmp_path, capsys):
-    for arguments, words in ((['--optimizer=muon'], 'needs --optimizer=adamw'),
+def test_fsdp_refuses_float16_and_a_single_process(train_run, tmp_path, capsys):
+    for arguments, words in ((['--dtype=float16'], 'float32 or bfloat16'),
                              ([], 'torchrun --nproc_per_node=N')):
         with pytest.raises(SystemExit) as e:
             train_run('--parallel=fsdp', *arguments)  # without torchrun
