@@ -918,33 +918,34 @@ def assert_near(got, expected, losses, norms=None):
 MUON_STEPS = """
 import sys
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from configurator import setup
+from configurator import run_main, setup
 from model import Muon
 
-process = setup(device='cpu', dtype='float32')
-torch.manual_seed(0)
-shapes = [(7, 3)] * 3 + [(2, 9)] * 5 + [(8, 8)]  # fewer rows than processes, uneven rows
-weights = [torch.randn(shape) for shape in shapes]
-grads = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
-place = lambda t: t.clone()
-if sys.argv[2] == 'sharded':
-    mesh = init_device_mesh('cpu', (process.world_size,))
-    place = lambda t: distribute_tensor(t, mesh, [Shard(0)])
-params = [torch.nn.Parameter(place(w)) for w in weights]
-muon = Muon(params, 0.02, 0.95, 0.1, torch.float32, process)
-for step in grads:
-    for p, grad in zip(params, step):
-        p.grad = place(grad)
-    muon.step()
-whole = lambda t: t.full_tensor() if hasattr(t, 'full_tensor') else t.detach()
-result = [whole(p).clone() for p in params]
-result += [whole(muon.state[p]['momentum_buffer']).clone() for p in params]
-if process.is_main:
-    torch.save(result, sys.argv[1])
-process.close()
+def main():
+    process = setup(device='cpu', dtype='float32')
+    torch.manual_seed(0)
+    shapes = [(7, 3)] * 3 + [(2, 9)] * 5 + [(9, 3)] * 2  # uneven rows, and fewer than processes
+    weights = [torch.randn(shape) for shape in shapes]
+    grads = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+    place = torch.clone
+    if sys.argv[2] == 'sharded':
+        mesh = init_device_mesh('cpu', (process.world_size,))
+        place = lambda t: distribute_tensor(t, mesh, [Shard(0)])
+    params = [torch.nn.Parameter(place(w)) for w in weights]
+    muon = Muon(params, 0.02, 0.95, 0.1, torch.float32, process)
+    for step in grads:
+        for p, grad in zip(params, step):
+            p.grad = place(grad)
+        muon.step()
+    result = params + [muon.state[p]['momentum_buffer'] for p in params]
+    result = [t.full_tensor() if hasattr(t, 'full_tensor') else t.detach() for t in result]
+    if process.is_main:
+        torch.save([t.clone() for t in result], sys.argv[1])
+    process.close()
+
+run_main(main)
 """
 
 
@@ -963,14 +964,15 @@ def test_muon_in_many_processes_makes_the_bits_of_one(project, tmp_path, nproc, 
 @pytest.mark.slow
 @pytest.mark.parametrize('nproc', [2, 3])
 def test_each_process_orthogonalizes_its_share(project, tmp_path, nproc):
-    (tmp_path / 'steps.py').write_text(MUON_STEPS.replace('process = setup', """
+    (tmp_path / 'steps.py').write_text(MUON_STEPS.replace('def main', """
 import model
 real = model.orthogonalize
 def orthogonalize(x):
     print(f'matrices={len(x)} shape={tuple(x.shape[1:])}', flush=True)
     return real(x)
 model.orthogonalize = orthogonalize
-process = setup"""))
+
+def main"""))
     out, _ = script(project, tmp_path / 'steps.py', tmp_path / 'x.pt', 'whole', nproc=nproc,
                     env={'PYTHONPATH': str(project)})
     counts = [int(n) for n in re.findall(r'matrices=(\d+) shape=\(2, 9\)', out)]
