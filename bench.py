@@ -24,9 +24,9 @@ import torch
 from torch.nn import functional as F
 
 import configurator
-import sample
 import train
 from configurator import configure, run_main, setup
+from data import linears
 from data.datasets import open_dataset
 from model import GPT, CausalSelfAttention, Dropout, draw, peak_flops
 
@@ -158,9 +158,9 @@ def time_samples(model, num_samples, n, process, quantize=''):
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=process.device)
     if not baseline and train.parallel != 'fsdp':
         model = copy.deepcopy(model)  # the next call stores the weights in another way
-        name = sample.pick_dtype(process.device.type, train.dtype, quantize, num_samples)
+        name = linears.pick_dtype(process.device.type, train.dtype, quantize, num_samples)
         dtype = process.dtype if name == 'auto' else getattr(torch, name)
-        sample.place_for_generation(model, process.device, dtype, quantize, num_samples)
+        linears.place_for_generation(model, process.device, dtype, quantize, num_samples)
     model.eval()
     seconds = []
     for _ in range(2 if baseline else 4):

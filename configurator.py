@@ -123,8 +123,7 @@ def convert(key, value, defaults):
         close = [name for name in OTHER_NAMES.get(key, '').split() if name in defaults]
         close += difflib.get_close_matches(key, defaults, n=1)
         hint = f": did you mean '{close[0]}'?" if close else ''
-        raise ValueError(f"unknown key '{key}'{hint} (--help lists all keys; in a config file, the "
-                         'name of a variable of its own begins with _)')
+        raise ValueError(f"unknown key '{key}'{hint} (--help lists all keys)")
     value = value.item() if hasattr(value, 'item') else value  # a scalar of numpy or torch
     kind, given, auto = type(defaults[key]), value, defaults[key] == 'auto'
     if value in ('true', 'false') and (kind is bool or auto):
@@ -222,7 +221,8 @@ def override(config, pairs, defaults, origin, problems):
         try:
             config[key] = convert(key, value, defaults)
         except ValueError as e:
-            problems.append(f'{origin}{e}')
+            helper = bool(origin) and key not in defaults
+            problems.append(f'{origin}{e}' + ': begin a helper variable with _' * helper)
     return set(pairs)
 
 def check_values(config, space):

@@ -440,7 +440,7 @@ def test_another_package_called_data_is_not_imported(project, tmp_path):
 
 def test_only_close_names_and_usual_other_names_are_suggested(namespace, capsys):
     for argument, line in (('--widht=3', "unknown key 'widht': did you mean 'width'? (--help"),
-                           ('--epochs=3', "unknown key 'epochs' (--help lists all keys")):
+                           ('--epochs=3', "unknown key 'epochs' (--help lists all keys)")):
         found, = fails(capsys, configure, namespace, [argument])
         assert line in found
     for script_, argument, name in (
@@ -498,7 +498,7 @@ def test_a_variable_of_its_own_in_a_config_file_begins_with_an_underscore(namesp
                                                                           tmp_path):
     (tmp_path / 'c.py').write_text('for i in range(3): pass\nwidth = i\n')
     line, = fails(capsys, configure, namespace, [str(tmp_path / 'c.py')])
-    assert "unknown key 'i' (" in line and 'begins with _' in line
+    assert "unknown key 'i' (" in line and 'begin a helper variable with _' in line
     (tmp_path / 'c.py').write_text('for _i in range(3): pass\nwidth = _i\n')
     assert configure(namespace, [str(tmp_path / 'c.py')])['width'] == 2
 

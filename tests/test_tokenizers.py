@@ -360,6 +360,8 @@ def test_a_text_is_written_in_the_tokens_of_an_earlier_run(exported, folder, tmp
         run([f'--input={tmp_path / "new.txt"}', '--name=new', f'--tokenizer={tmp_path / path}'])
         meta = datasets.read_meta('new')
         assert meta['tokenizer'] == saved and meta['bytes'] == {'train': 522, 'val': 58}
+        goes_on = f'train.py --init_from={tmp_path / path} --dataset=new' in capsys.readouterr().out
+        assert goes_on == path.startswith('out')
         ids = np.fromfile(os.path.join(datasets.DATA_DIR, 'new', 'val.bin'), dtype='uint16')
         assert tokenizer_from_dict(saved).decode(ids) == ('The new text, in old tokens.\n' * 2)
     # weights in GPT-2's tokens may come without a tokenizer

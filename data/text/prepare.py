@@ -21,6 +21,7 @@ from data.downloads import DATA_DIR
 from data.gpt2 import GPT2_NAMES
 from data.huggingface import read_json
 from data.tokenizers import pretrained_tokenizer, tokenizer_size
+from data.weights import checkpoint_path
 
 input = ''  # UTF-8 text
 name = ''  # name of the dataset
@@ -49,17 +50,23 @@ def main():
         with one_line_errors(f'--tokenizer={tokenizer}: '):
             kind = read_tokenizer(tokenizer)
     write_dataset(name, input, kind, drop=unknown == 'drop')
-    config = '' if torch.cuda.is_available() else 'config/train_shakespeare_char_cpu.py '
-    print(f'now train on it: python train.py {config}--dataset={name} --out_dir=out-{name}')
+    start = '' if torch.cuda.is_available() else 'config/train_shakespeare_char_cpu.py '
+    if is_run(tokenizer):
+        start = f'--init_from={tokenizer} '
+    print(f'now train on it: python train.py {start}--dataset={name} --out_dir=out-{name}')
+
+
+def is_run(path):
+    """Return whether path is a run's folder or a checkpoint."""
+    return not path.endswith('.json') and checkpoint_path(path) is not None
 
 
 def read_tokenizer(path):
     """Return the tokenizer of a run's folder, a checkpoint, or Hugging Face's files."""
-    for checkpoint in (os.path.join(path, 'model.pth'), os.path.join(path, 'ckpt.pt'), path):
-        if os.path.isfile(checkpoint) and not checkpoint.endswith('.json'):
-            saved = read_checkpoint(checkpoint)['tokenizer']
-            tokenizer_size(saved)  # checks the tokenizer
-            return saved
+    if is_run(path):
+        saved = read_checkpoint(checkpoint_path(path))['tokenizer']
+        tokenizer_size(saved)  # checks the tokenizer
+        return saved
     config = read_json(os.path.join(path, 'config.json'), {})
     return pretrained_tokenizer(path, config.get('vocab_size'))
 
