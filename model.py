@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import sysconfig
 import time
 from dataclasses import dataclass, fields
 
@@ -316,9 +317,9 @@ class GPT(nn.Module):
             rotation = self.cos[past:past + T], self.sin[past:past + T]
         else:
             x = x + self.transformer.wpe.weight[past:past + T]
-        if x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
-            # keep the residual stream in the dtype of autocast: half the bytes in every pass
-            x = x.to(torch.get_autocast_dtype('cpu'))
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream: half the bytes in every pass
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:
@@ -382,10 +383,17 @@ def shard(model, process):
     policy = MixedPrecisionPolicy()
     if process.dtype != torch.float32:  # gather in bfloat16, sum gradients in float32
         policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    # several nodes: each holds the whole model, sharded over its processes
+    per_node = max(process.gather(process.local_rank)) + 1
+    shape, names = (process.world_size,), ('process',)
+    if per_node < process.world_size:
+        shape, names = (process.world_size // per_node, per_node), ('node', 'process')
+    mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=names)
+    # gathered blocks stay until the end of the update, as between micro-batches
+    more = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **more)
+    return fully_shard(model, **more)
 
 # -----------------------------------------------------------------------------
 # the optimizer of its matrices
@@ -526,8 +534,9 @@ def keep_memory():
 def worth_compiling(kind, micro_batches):
     """Return whether torch.compile saves more time than it takes, on one device."""
     # an estimate: on a GPU it takes a minute and saves 30 ms a micro-batch; on a CPU it gains
-    # nothing. It needs triton, a GPU that triton supports, and a C compiler
+    # nothing. It needs triton, a GPU that triton supports, a C compiler and Python's headers
     return kind == 'cuda' and micro_batches >= 2000 \
         and importlib.util.find_spec('triton') is not None \
         and torch.cuda.get_device_capability() >= (7, 0) \
-        and any(map(shutil.which, ('cc', 'gcc', 'clang')))
+        and any(map(shutil.which, ('cc', 'gcc', 'clang'))) \
+        and os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h'))

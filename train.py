@@ -7,6 +7,7 @@ Train a GPT, in one process or in many.
 
 Config files and --key=value override the settings below. Sample from the result with sample.py.
 """
+import gc
 import math
 import os
 import signal
@@ -176,8 +177,7 @@ def main(argv=None):
     # files, signals and compilation
     metrics = None
     if process.is_main:
-        wandb = runs.start_wandb(wandb_project, wandb_run_name, settings()) if wandb_log else None
-        metrics = runs.begin(out_dir, out_lock, resumed_at, ckpt, model, settings(), wandb)
+        metrics = runs.begin(settings(), model, resumed_at, out_lock)
     signals = catch_signals(process)
     compile_forward(learner)
     peak = peak_tflops * 1e12 or peak_flops(process)
@@ -374,7 +374,10 @@ def make_learner(model, process):
     for module in model.modules():
         if isinstance(module, Dropout):
             module.part, module.parts = rows.start // len(rows), parts
-    model = shard(model, process) if parallel == 'fsdp' else model.to(process.device)
+    model.to(process.device)
+    for p in model.parameters():  # rank 0's: another kind of CPU has drawn other numbers
+        process.all_reduce(p.data.mul_(process.is_main))
+    model = shard(model, process) if parallel == 'fsdp' else model
     with one_line_errors():  # torch checks rates and betas
         optimizers = make_optimizers(model, process)
     params = [p for opt in optimizers for group in opt.param_groups for p in group['params']]
@@ -439,6 +442,8 @@ def compile_forward(learner):
         # clone: one tensor passed twice would be compiled differently
         learner.forward(idx, idx.clone())[1].backward()
     model.zero_grad(set_to_none=learner.sums is None)
+    gc.collect()
+    gc.freeze()  # what torch has made stays: do not look through it for garbage again
     process.print(f'compiled in {process.clock() - t0:.1f} s')
 
 # -----------------------------------------------------------------------------
@@ -557,8 +562,7 @@ def print_losses(learner, splits):
     """Print loss, perplexity and bits per byte of each split."""
     for split, data in splits.items():
         loss = evaluate(learner, data, eval_iters)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        learner.process.print(f'{split}_loss={loss:.4f} perplexity={perplexity:.3f} '
+        learner.process.print(f'{split}_loss={loss:.4f} perplexity={math.exp(min(loss, 700)):.3f} '
                               f'bits_per_byte={data.bits_per_byte(loss):.4f}')
 
 def speeds(dt, learner, peak):

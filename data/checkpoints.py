@@ -191,7 +191,8 @@ def load_optimizer(optimizer, saved):
         state[i] = {name: t.clone() for name, t in states[i].items()}
         if is_sharded(p):
             from torch.distributed.tensor import distribute_tensor
-            state[i] |= {name: distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
+            state[i] |= {name: distribute_tensor(t.to(p.device), p.device_mesh, p.placements,
+                                                 src_data_rank=None)
                          for name, t in state[i].items() if name != 'step'}
     groups = [own | {'lr': float(old['lr'])} for own, old in
               zip(optimizer.state_dict()['param_groups'], saved['param_groups'])]

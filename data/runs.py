@@ -51,14 +51,17 @@ def claim(out_dir):
     return f
 
 
-def begin(out_dir, out_lock, resumed_at, ckpt, model, settings, wandb):
+def begin(settings, model, resumed_at, out_lock):
     """Make out_dir ready for this run; return its Metrics. Rank 0 calls this.
 
-    out_lock: the lock of out_dir, or None. resumed_at: the step of the checkpoint `ckpt` that this
-    run goes on from, or -1. wandb: the module, or None.
+    settings: those of train.py. resumed_at: the step of the checkpoint that this run goes on from,
+    or -1. out_lock: the lock of out_dir, or None.
     """
+    out_dir, wandb = settings['out_dir'], None
+    if settings['wandb_log']:
+        wandb = start_wandb(settings['wandb_project'], settings['wandb_run_name'], settings)
     out_lock = out_lock or claim(out_dir)
-    out_lock = keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model)
+    out_lock = keep_earlier_run(out_dir, out_lock, resumed_at, settings['ckpt'], model)
     write_atomic(os.path.join(out_dir, 'config.json'), [json.dumps(settings, indent=1).encode()])
     remember_run(out_dir)
     return Metrics(out_dir, resumed_at, wandb, out_lock)

@@ -136,7 +136,10 @@ class Tokens:
         """Yield idx and targets of this rank's share of `count` batches, the same at every call.
 
         0 batches, or enough of them, cover the whole file. A target of -1 is not to be counted.
+        Batches with very many logits come in several parts.
         """
+        # at most 2**28 logits at a time: evaluation takes no more memory than training
+        rows = max(1, 2**28 // (self.block_size * self.vocab_size))
         starts = self.eval_starts(count * batch_size)
         batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
         share = range(process.rank, len(batches) + process.rank, process.world_size)
@@ -148,4 +151,7 @@ class Tokens:
             if len(starts) > 1 and batch[-1] == starts[-1]:  # count no token twice
                 overlap = max(0, starts[-2] + self.block_size - starts[-1])
                 targets[-1, :overlap] = -1
-            yield idx, targets
+            if rows < batch_size and len(idx) < batch_size:  # as many parts on every rank
+                padding = torch.zeros(batch_size - len(idx), self.block_size, dtype=idx.dtype)
+                idx, targets = torch.cat([idx, padding]), torch.cat([targets, padding - 1])
+            yield from zip(idx.split(rows), targets.split(rows))

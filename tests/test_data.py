@@ -18,6 +18,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from data import checkpoints, datasets, downloads, files, gpt2, nanogpt
 from data.downloads import DownloadError, download, download_resumable, fetch
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
+from data.windows import Tokens
 from model import GPT, GPTConfig
 
 BODY = bytes(range(256)) * 400
@@ -1059,3 +1061,20 @@ def test_a_text_in_blocks_has_the_tokens_of_the_whole(monkeypatch):
             pieces = [piece for block in found for piece in regex.findall(pattern, block)]
             assert pieces == regex.findall(pattern, text)
     assert len(datasets.blocks('ab\ncd' * 50, 10)) > 10
+
+
+def test_an_evaluation_makes_few_logits_at_a_time(process, tmp_path):
+    ids = torch.randint(1000, (1100,), generator=torch.Generator().manual_seed(0))
+    ids.numpy().astype('uint16').tofile(tmp_path / 'val.bin')
+
+    def batches(vocab_size, rank=0, world_size=1):
+        data = Tokens(str(tmp_path / 'val.bin'), 100, 'uint16', vocab_size)
+        return list(data.eval_batches(0, 4, replace(process, rank=rank, world_size=world_size)))
+    whole, parts = batches(1000), batches(2**28 // 250)  # at most two rows at a time
+    assert [len(idx) for idx, _ in whole] == [4, 4, 3] and {len(idx) for idx, _ in parts} == {2}
+    for i in (0, 1):  # the same tokens in the same order
+        a, b = (torch.cat([pair[i][pair[1] >= 0] for pair in pairs]) for pairs in (whole, parts))
+        assert torch.equal(a, b) and len(a) == 1099
+    # with fsdp, all ranks compute equally often
+    counts = [len(batches(2**28 // 250, rank, 2)) for rank in (0, 1)]
+    assert counts[0] == counts[1] == 4

@@ -85,6 +85,14 @@ Data is missing, cut short, of an odd length, or outside the vocabulary.
 The data differs between nodes.
     The run is refused before training.
     test_ranks_with_different_data_are_refused
+A model can never fit into memory, or cannot be compiled.
+    One line says so, and nothing on the disk has changed.
+    test_a_model_that_can_never_fit_is_refused_with_its_size
+    test_a_compiler_that_is_missing_is_one_line
+Weights are trained further on data in other tokens.
+    The run is refused; the error names the command that writes a text in the right tokens.
+    test_weights_of_another_alphabet_or_shape_are_refused
+    test_an_export_is_not_trained_on_another_alphabet_of_the_same_size (test_tokenizers.py)
 A download fails, stalls, is slow, redirects, or delivers other bytes.
     A bad file never gets its final name.
     test_a_failed_download_leaves_nothing_and_says_why (test_data.py)
@@ -544,11 +552,12 @@ def test_a_signal_within_an_update_ends_that_update(fails, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_leaves_at_once(project, tmp_path):
+def test_a_second_ctrl_c_leaves_at_once(project, train_run, tmp_path):
     out = tmp_path / 'out'
-    child = start(project, *FAST, '--sample_tokens=100000', '--eval_interval=2', '--max_iters=1000',
+    train_run(*FAST, '--max_iters=2')
+    child = start(project, '--init_from=resume', '--sample_tokens=100000', '--max_iters=1000',
                   f'--out_dir={out}')
-    wait_for(child, '^step=4 train_loss')  # next comes a sample of some minutes, without an update
+    wait_for(child, '^step=3 train_loss')  # next comes a sample of some minutes, without an update
     child.send_signal(signal.SIGINT)
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)

@@ -409,3 +409,13 @@ def test_gpu_peaks_are_found_by_name(monkeypatch):
     assert peak_flops(process) == 494.5e12
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'NVIDIA GeForce RTX 5090')
     assert peak_flops(process) == 104.8e12
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_residual_stream_is_in_bfloat16_but_never_in_float16(dtype):
+    model, seen = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=8)), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast('cpu', dtype):
+        model(torch.zeros(1, 8, dtype=torch.int64))
+    assert seen == [torch.bfloat16 if dtype == torch.bfloat16 else torch.float32] * 2

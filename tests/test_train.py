@@ -1061,23 +1061,37 @@ def test_fsdp_refuses_float16_and_a_single_process(train_run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_nodes_equal_one_process(project, train_run, tmp_path):
+@pytest.mark.parametrize('parallel, nproc', [('ddp', 1), ('fsdp', 2)])
+def test_two_nodes_equal_one_process(project, train_run, tmp_path, parallel, nproc):
     # two torchrun agents that meet on the loopback interface
-    one = train_run('--max_iters=5', out=tmp_path / 'one')
+    more = ['--max_iters=5', '--gradient_accumulation_steps=4', '--optimizer=muon']
+    one = train_run(*more, out=tmp_path / 'one')
+    mesh = tmp_path / 'mesh.py'
+    mesh.write_text("""
+import torch.distributed.device_mesh as _mesh
+_real = _mesh.init_device_mesh
+def _init_device_mesh(kind, shape, **more):
+    print('mesh', shape, flush=True)
+    return _real(kind, shape, **more)
+_mesh.init_device_mesh = _init_device_mesh
+log_interval = 1
+""")
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     agents = []
     for i in range(2):
         command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={i}',
-                   '--nproc_per_node=1', '--rdzv_backend=c10d', '--rdzv_id=7',
-                   f'--rdzv_endpoint=127.0.0.1:{port}', str(project / 'train.py'), *TINY,
-                   '--max_iters=5', f'--out_dir={tmp_path / "two"}']
+                   f'--nproc_per_node={nproc}', '--rdzv_backend=c10d', '--rdzv_id=7',
+                   f'--rdzv_endpoint=127.0.0.1:{port}', str(project / 'train.py'), *TINY, *more,
+                   str(mesh), f'--parallel={parallel}', f'--out_dir={tmp_path / "two"}']
         agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                        text=True))
     outputs = [agent.communicate(timeout=120) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert [agent.returncode for agent in agents] == [0, 0], '\n'.join(sum(outputs, ()))
     assert sum(out.count('legend of the log lines') for out, _ in outputs) == 1
+    # with fsdp, the model is sharded over the processes of one node
+    assert sum(out.count('mesh (2, 2)') for out, _ in outputs) == (4 if parallel == 'fsdp' else 0)
     assert_near(metrics(tmp_path / 'two')[0], metrics(tmp_path / 'one')[0], losses=1e-4)
     two = torch.load(tmp_path / 'two' / 'ckpt.pt')
     assert largest_difference(one['model'], two['model']) < 1e-3
@@ -1087,3 +1101,31 @@ def test_under_torchrun_a_mistake_is_printed_once(project, tmp_path):
     _, err = script(project, 'train.py', '--widht=3', nproc=2, code=1)
     assert len(re.findall('^error: ', err, re.M)) == 1
     assert 'exitcode  : 2' in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_all_ranks_start_from_the_weights_of_rank_0(project, tmp_path, parallel):
+    # normal_ draws other numbers on another kind of CPU: a seed of each rank's own stands for that
+    config = tmp_path / 'ranks.py'
+    config.write_text("""
+import os as _os, torch as _torch, train as _train
+_real = _train.make_model
+def _make_model(*arguments):
+    _torch.manual_seed(int(_os.environ['RANK']))
+    return _real(*arguments)
+_train.make_model = _make_model
+learning_rate = 1e-9
+""")
+    # train.py is __main__ there, so it is called as a module here
+    launcher = tmp_path / 'launch.py'
+    launcher.write_text('import sys, train\nfrom configurator import run_main\n'
+                        'run_main(lambda: train.main(sys.argv[1:]))\n')
+    arguments = [*TINY, config, '--max_iters=2', '--eval_interval=1', '--dropout=0']
+    for nproc in (0, 2):
+        more = [f'--parallel={parallel}'] * bool(nproc)
+        script(project, launcher, *arguments, *more, f'--out_dir={tmp_path / str(nproc)}',
+               nproc=nproc, env={'PYTHONPATH': str(project), 'RANK': '0'})
+    one, two = (metrics(tmp_path / name)[1] for name in ('0', '2'))
+    for a, b in zip(one, two):
+        assert a['val_loss'] == pytest.approx(b['val_loss'], abs=1e-5)
