@@ -40,7 +40,7 @@ eval_interval = 250  # updates between evaluations (each also samples and saves)
 eval_iters = 200  # batches of each split in an evaluation (at most 10 in the first); 0: all
 eval_only = False  # evaluate once, write nothing and exit
 log_interval = 10  # updates between log lines
-always_save_checkpoint = False  # write model.pth at every evaluation, even if not best
+always_save_checkpoint = False  # write model.pth at each evaluation, even if not best
 sample_prompt = 'What is an LLM?'  # continued at every evaluation
 sample_tokens = 256  # length of the continuation; 0 disables it
 wandb_log = False  # also log to Weights & Biases
@@ -121,7 +121,7 @@ LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
   dt       seconds per update (mean)           dtf, dtb     forward and backward time
   sps      sequences per second                tps          tokens per second
-  sps_per_gpu, tps_per_gpu                     the same per process, if there are several
+  sps_per_gpu, tps_per_gpu: the same per process
   mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
   norm     gradient norm before clipping       eta          time left, h:mm:ss"""
 
@@ -144,7 +144,7 @@ def main(argv=None):
     checkpoint, out_lock = read_settings(argv)
     resumed_at = checkpoint['iter_num'] if checkpoint else -1
     last_iter = min(max_iters, max(0, resumed_at) + (train_iters or max_iters))
-    # False: a signal ended the run within the evaluation of this step
+    # False: a signal ended the evaluation of this step
     evaluated = not checkpoint or checkpoint.get('evaluated', True)
     if resumed_at >= last_iter and evaluated and not eval_only:
         return runs.nothing_to_do(resumed_at, max_iters)
@@ -336,7 +336,10 @@ def make_model(checkpoint, tokenizer, process):
     shape = model_shape(tokenizer.vocab_size)
     if init_from == 'scratch':
         need_memory(shape, 1 if parallel == 'ddp' else process.world_size, process)
-        return GPT(shape)
+        model = GPT(shape).to(process.device)
+        for p in model.parameters():  # rank 0's: other CPUs draw other numbers
+            process.all_reduce(p.data.mul_(process.is_main))
+        return model
     if checkpoint:
         model = checkpoints.load_model(os.path.join(out_dir, ckpt), checkpoint, dropout=dropout)
         loaded, problems = model.config, []
@@ -374,10 +377,7 @@ def make_learner(model, process):
     for module in model.modules():
         if isinstance(module, Dropout):
             module.part, module.parts = rows.start // len(rows), parts
-    model.to(process.device)
-    for p in model.parameters():  # rank 0's: another kind of CPU has drawn other numbers
-        process.all_reduce(p.data.mul_(process.is_main))
-    model = shard(model, process) if parallel == 'fsdp' else model
+    model = shard(model, process) if parallel == 'fsdp' else model.to(process.device)
     with one_line_errors():  # torch checks rates and betas
         optimizers = make_optimizers(model, process)
     params = [p for opt in optimizers for group in opt.param_groups for p in group['params']]
@@ -437,13 +437,13 @@ def compile_forward(learner):
     else:  # no logits: as an output they cost memory and a gradient of zeros
         learner.forward = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(len(learner.rows), block_size, dtype=torch.int64, device=process.device)
-    errors = (torch._dynamo.exc.TorchDynamoException,)  # no C++ compiler, for example
+    errors = (torch._dynamo.exc.TorchDynamoException,)  # no C++ compiler, say
     with one_line_errors('cannot compile, use --compile=False: ', errors), process.autocast():
         # clone: one tensor passed twice would be compiled differently
         learner.forward(idx, idx.clone())[1].backward()
     model.zero_grad(set_to_none=learner.sums is None)
     gc.collect()
-    gc.freeze()  # what torch has made stays: do not look through it for garbage again
+    gc.freeze()  # torch's own objects stay: do not search them for garbage again
     process.print(f'compiled in {process.clock() - t0:.1f} s')
 
 # -----------------------------------------------------------------------------
@@ -562,7 +562,8 @@ def print_losses(learner, splits):
     """Print loss, perplexity and bits per byte of each split."""
     for split, data in splits.items():
         loss = evaluate(learner, data, eval_iters)
-        learner.process.print(f'{split}_loss={loss:.4f} perplexity={math.exp(min(loss, 700)):.3f} '
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        learner.process.print(f'{split}_loss={loss:.4f} perplexity={perplexity:.3f} '
                               f'bits_per_byte={data.bits_per_byte(loss):.4f}')
 
 def speeds(dt, learner, peak):
