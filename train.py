@@ -193,15 +193,16 @@ def main(argv=None):
         due = (it % eval_interval == 0 or it == last_iter) and not (evaluated and it == resumed_at)
         if due and not stop:
             t1 = time.perf_counter()
-            n = eval_iters if it else min(eval_iters or 10, 10)  # a rough figure before training
+            n = eval_iters if it else min(eval_iters or 10, 10)  # rough before training
             losses = [evaluate(learner, d, n, signals) for d in (train_data, val_data)]
             stop = None in losses
         if due and not stop:
             train_loss, val_loss = losses
             if not math.isfinite(train_loss + val_loss):
                 checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
-            # random weights are never saved as the best
-            best = (it > 0 or init_from != 'scratch') and val_loss < progress.best_val_loss
+            # random weights are never the best
+            best = it > 0 or init_from not in ('scratch', 'resume')
+            best = best and val_loss < progress.best_val_loss
             if best:
                 progress.best_val_loss = val_loss
             process.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} '
@@ -211,7 +212,7 @@ def main(argv=None):
             if metrics:
                 metrics.write(step=it, train_loss=train_loss, val_loss=val_loss,
                               train_seconds=progress.train_seconds)
-            if sample_tokens:  # on all ranks: with fsdp each one holds a shard of the model
+            if sample_tokens:  # on all ranks: with fsdp each holds a shard
                 generator = process.generator('sample', it, device=process.device)
                 text = continue_text(model, tokenizer, prompt, sample_tokens, generator)
                 process.print(f'--- sample at step {it}, after [prompt] ---\n{text}\n---')

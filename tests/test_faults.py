@@ -475,9 +475,9 @@ def test_the_space_a_run_needs_counts_what_it_resumes_from_alone(
     keep_earlier_run(need)
 
 
-@pytest.mark.parametrize('first_loss, step', [(0, 3), (4, 3), (8, 6)])
+@pytest.mark.parametrize('first_loss, step', [(-8, 0), (0, 3), (4, 3), (8, 6)])
 def test_sigterm_during_an_evaluation_ends_it_and_loses_nothing(
-        train_run, fails, tmp_path, monkeypatch, first_loss, step):
+        train_run, fails, tmp_path, monkeypatch, capsys, first_loss, step):
     whole = train_run(*FAST, '--max_iters=6', '--eval_iters=4', out=tmp_path / 'whole')
     real, seen = Tokens.eval_batches, []
 
@@ -495,6 +495,7 @@ def test_sigterm_during_an_evaluation_ends_it_and_loses_nothing(
     assert not load(tmp_path / 'out')['evaluated']
     assert equal_runs(train_run('--init_from=resume'), whole)
     assert [row['step'] for row in metrics(tmp_path / 'out')[1]] == [0, 3, 6]
+    assert 'model.pth (step 0)' not in capsys.readouterr().out  # of random weights
 
 
 @pytest.mark.slow
