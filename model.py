@@ -242,8 +242,7 @@ class Block(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         x = x + self.attn(self.shift('attn', self.ln_1(x), cache), rotation, cache)
-        x = x + self.mlp(self.shift('mlp', self.ln_2(x), cache))
-        return x
+        return x + self.mlp(self.shift('mlp', self.ln_2(x), cache))
 
     def compile_for_training(self):
         """Compile forward in training mode only; evaluation and generation stay eager."""
@@ -354,8 +353,11 @@ class GPT(nn.Module):
             if cache.length == block_size:
                 new = tokens = tokens[:, -max(1, block_size // 2):]
                 cache.length = 0
-            logits, _ = self(new, cache=cache)
-            logits = logits[:, -1, :vocab_size].float()
+            # cuDNN's attention plans anew for each length of the cache, which takes some 30 ms
+            cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            logits = self(new, cache=cache)[0][:, -1, :vocab_size].float()
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
             next_token = draw(logits, temperature, top_k, top_p, generator)
             new = next_token[:, None]
             tokens = torch.cat([tokens, new], dim=1)
@@ -434,8 +436,7 @@ class Muon(torch.optim.Optimizer):
 
         like: a parameter. If it is sharded, x and the result are this process's rows.
         """
-        sharded = hasattr(like, 'to_local')
-        if sharded:
+        if is_sharded(like):
             from torch.distributed.tensor import DTensor, Shard, distribute_tensor
             mesh = like.device_mesh
             placements = [Shard(1) if q.is_shard() else q for q in like.placements]
@@ -448,11 +449,17 @@ class Muon(torch.optim.Optimizer):
         if len(x[share]):
             y[share] = orthogonalize(x[share].to(self.dtype)).float()
         y = self.process.all_reduce(y)
-        return local(distribute_tensor(y, mesh, placements, src_data_rank=None)) if sharded else y
+        if is_sharded(like):
+            y = distribute_tensor(y, mesh, placements, src_data_rank=None).to_local()
+        return y
+
+def is_sharded(tensor):
+    """Return whether a process holds only a part of the tensor (a DTensor)."""
+    return hasattr(tensor, 'to_local')
 
 def local(tensor):
-    """Return the part of a tensor that this process holds: all of it unless it is sharded."""
-    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+    """Return the part of a tensor that this process holds."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 def orthogonalize(x):
     """Return x (matrices, rows, columns) with all singular values near 1 (about 0.7 to 1.2).

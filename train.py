@@ -24,7 +24,7 @@ from data.datasets import open_dataset
 from data.prompts import continue_text, pick_prompt
 from data.signals import catch_signals, guarded
 from data.tokenizers import tokenizer_from_dict
-from data.weights import find_weights, need_memory, saved_shape
+from data.weights import check_weights, checkpoint_path, find_gpt2, need_memory
 from data.windows import divide
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops, shard
 
@@ -142,10 +142,10 @@ class Progress:
 def main(argv=None):
     """Train as argv says (by default the command line)."""
     checkpoint, out_lock = read_settings(argv)
-    resumed_at = checkpoint['iter_num'] if checkpoint else -1
+    resumed_at = checkpoint['iter_num'] if init_from == 'resume' else -1
     last_iter = min(max_iters, max(0, resumed_at) + (train_iters or max_iters))
     # False: a signal ended the evaluation of this step
-    evaluated = not checkpoint or checkpoint.get('evaluated', True)
+    evaluated = resumed_at < 0 or checkpoint.get('evaluated', True)
     if resumed_at >= last_iter and evaluated and not eval_only:
         return runs.nothing_to_do(resumed_at, max_iters)
     process = setup(
@@ -168,7 +168,7 @@ def main(argv=None):
     process.print(f'{n_layer} layers, {n_head} heads, {n_embd} channels, '
                   f'{model.num_params():,} parameters without position embeddings')
     learner = make_learner(model, process)
-    progress = resume(learner, checkpoint) if checkpoint else Progress()
+    progress = resume(learner, checkpoint) if resumed_at >= 0 else Progress()
     checkpoint = None  # frees its memory
     if eval_only:
         print_losses(learner, {'train': train_data, 'val': val_data})
@@ -280,17 +280,15 @@ def settings():
     return {key: globals()[key] for key in _defaults}
 
 def read_settings(argv):
-    """Apply argv; return the checkpoint to resume (or None) and the lock of out_dir (or None)."""
+    """Apply argv; return the checkpoint to start from and the lock of out_dir, each or None."""
     def resuming():
-        return init_from == 'resume' or init_from == 'auto' and any(map(os.path.exists, paths()))
-
-    def paths():
-        return [os.path.join(out_dir, name) for name in (ckpt, 'ckpt_prev.pt')]
-    # on resuming, check for conflicts only once the checkpoint's settings are known
+        files = [os.path.join(out_dir, name) for name in (ckpt, 'ckpt_prev.pt')]
+        return init_from == 'resume' or init_from == 'auto' and any(map(os.path.exists, files))
+    # on resuming, check only once the checkpoint's settings are known
     configure(globals(), argv, check=lambda: [] if resuming() else check_settings())
     checkpoint = out_lock = None
     if resuming():
-        path = paths()[0]
+        path = os.path.join(out_dir, ckpt)
         if os.path.exists(path) and not eval_only and torchrun('RANK', 0) == 0:
             out_lock = runs.claim(out_dir)  # from now on, no other run replaces the checkpoint
         checkpoint = checkpoints.load_checkpoint(path)
@@ -300,8 +298,10 @@ def read_settings(argv):
         configure(globals(), argv, saved, check=check_settings)
     elif skip_batches or ckpt != 'ckpt.pt':
         fail('--skip_batches and --ckpt are for --init_from=resume')
-    elif shape := saved_shape(init_from):
-        configure(globals(), argv, shape, check=check_settings)
+    elif path := checkpoint_path(init_from):  # a new run from the weights of another
+        checkpoint = checkpoints.load_checkpoint(path)
+        saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
+        configure(globals(), argv, saved, check=check_settings)
     if init_from == 'auto':
         globals()['init_from'] = 'resume' if checkpoint else 'scratch'
     return checkpoint, out_lock
@@ -333,23 +333,21 @@ def model_shape(vocab_size):
 # model and optimizers
 
 def make_model(checkpoint, tokenizer, process):
-    """Return the model; fail if given settings or the data contradict loaded weights."""
+    """Return the model: a new one, or one with loaded weights."""
     shape = model_shape(tokenizer.vocab_size)
     if init_from == 'scratch':
         need_memory(shape, 1 if parallel == 'ddp' else process.world_size, process)
         model = GPT(shape).to(process.device)
-        for p in model.parameters():  # rank 0's: other CPUs draw other numbers
+        for p in model.parameters():  # from rank 0: other CPUs draw other numbers
             process.all_reduce(p.data.mul_(process.is_main))
         return model
     if checkpoint:
-        model = checkpoints.load_model(os.path.join(out_dir, ckpt), checkpoint, dropout=dropout)
-        loaded, problems = model.config, []
+        path = checkpoint_path(init_from) or os.path.join(out_dir, ckpt)
+        model = checkpoints.load_model(path, checkpoint, dropout=dropout)
+        loaded, theirs = model.config, checkpoint['tokenizer']
     else:
-        loaded, problems, load = find_weights(init_from, shape, tokenizer, process)
-    problems += [f'{k}={globals()[k]} but the model of init_from={init_from} has {k}={v}'
-                 for k, v in asdict(loaded).items() if k in _given and globals()[k] != v]
-    if problems:
-        fail(*problems)
+        loaded, theirs, load = find_gpt2(init_from, shape, process)
+    check_weights(loaded, theirs, tokenizer, settings(), _given)
     return model if checkpoint else load()
 
 @dataclass

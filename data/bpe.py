@@ -27,6 +27,8 @@ from collections import Counter, defaultdict
 
 import regex  # tiktoken requires this package; Python's re does not know \p{L}
 
+from data.huggingface import LETTERS
+
 # GPT-4's pattern (cl100k_base in tiktoken 0.3). Newer versions of tiktoken write \p{N}{1,3}+ and
 # \s++$, which other regex engines read differently.
 PATTERN = '|'.join([
@@ -39,10 +41,9 @@ PATTERN = '|'.join([
     r'\s+',                           # other white space
 ])
 
-# All bytes, in the order of GPT-2's vocabulary: first the visible characters of Latin-1, then the
-# other bytes. Training uses this order only to choose between equally frequent pairs.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_ORDER = bytes(VISIBLE + [byte for byte in range(256) if byte not in VISIBLE])
+# All bytes, in the order of GPT-2's vocabulary: that of the letters which stand for them.
+# Training uses this order only to choose between equally frequent pairs.
+BYTE_ORDER = bytes(sorted(range(256), key=LETTERS.__getitem__))
 
 
 def count_pieces(texts):

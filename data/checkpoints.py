@@ -17,7 +17,7 @@ from configurator import fail, first_line, one_line_errors, torchrun
 from data.datasets import adopt_nanogpts, read_meta
 from data.files import cannot_write, replace_file
 from data.tokenizers import tokenizer_size
-from model import GPT, GPTConfig, Muon
+from model import GPT, GPTConfig, Muon, is_sharded
 
 VERSION = 1  # of the format
 
@@ -104,10 +104,11 @@ def check_resume(checkpoint, data_id, tokenizer, settings, process):
     data_id: the dataset's name, sha256 and numbers of tokens, as a checkpoint stores them. The
     content counts, not the name. Evaluation takes any data in the same tokens.
     """
-    steps = process.gather(checkpoint['iter_num'] if checkpoint else 0)
+    resuming = settings['init_from'] == 'resume'
+    steps = process.gather(checkpoint['iter_num'] if resuming else 0)
     if len(set(steps)) > 1:
         fail(f'ranks resume at steps {steps}: do all see the same {settings["out_dir"]}?')
-    if not checkpoint:
+    if not resuming:
         return
     problems, name, saved = [], f'data/{data_id["dataset"]}', checkpoint['data']
     if any(saved.get(key, data_id[key]) != data_id[key] for key in ('sha256', 'tokens')) \
@@ -197,11 +198,6 @@ def load_optimizer(optimizer, saved):
     groups = [own | {'lr': float(old['lr'])} for own, old in
               zip(optimizer.state_dict()['param_groups'], saved['param_groups'])]
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
-
-
-def is_sharded(tensor):
-    """Return whether a process holds only a part of the tensor (a DTensor)."""
-    return hasattr(tensor, 'full_tensor')
 
 
 def write_checkpoint(path, process, checkpoint):

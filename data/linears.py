@@ -32,7 +32,6 @@ def place_for_generation(model, device, dtype, quantize, num_samples):
     """
     model.eval().to(device)
     if device.type != 'cpu':
-        torch.backends.cuda.enable_cudnn_sdp(False)  # see data/prompts.py
         return model.to(dtype)
     # oneDNN makes GELU of a few rows slower, so use it only for its own products
     onednn = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \

@@ -55,14 +55,11 @@ def bracketed(prompt):
 
 def continue_text(model, tokenizer, prompt, n, generator):
     """Return the prompt in brackets and n tokens that the model generates after it."""
-    training, cudnn = model.training, torch.backends.cuda.cudnn_sdp_enabled()
+    training = model.training
     model.eval()
-    # cuDNN's attention makes a new plan for each length of the cache, which takes some 30 ms
-    torch.backends.cuda.enable_cudnn_sdp(False)
     idx = encode_prompt(tokenizer, prompt, generator.device)
     new = model.generate(idx, n, temperature=0.8, top_k=200, generator=generator,
                          vocab_size=tokenizer.vocab_size)
     text = bracketed(prompt) + tokenizer.decode([token.item() for token in new])
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     model.train(training)
     return text

@@ -3,11 +3,11 @@ The weights that a new run starts from: those of an earlier run, or GPT-2's; the
 """
 import math
 import os
+from dataclasses import asdict
 
 import torch
 
 from configurator import fail, one_line_errors
-from data.checkpoints import load_checkpoint, load_model
 from data.gpt2 import GPT2_NAMES, gpt2_config, gpt2_folder, load_gpt2
 from data.tokenizers import pretrained_tokenizer
 
@@ -20,43 +20,38 @@ def checkpoint_path(init_from):
     return next(filter(os.path.isfile, names), None)
 
 
-def saved_shape(init_from):
-    """Return the settings of the shape of the weights that --init_from names, {} if not a run's."""
-    path = checkpoint_path(init_from)
-    shape = load_checkpoint(path)['model_args'] if path else {}
-    return {key: value for key, value in shape.items() if key != 'dropout'}
+def find_gpt2(init_from, wanted, process):
+    """Return (shape, tokenizer, load) of the GPT-2 that --init_from names.
 
-
-def find_weights(init_from, wanted, tokenizer, process):
-    """Return (shape, problems, load) of the weights that --init_from names.
-
-    init_from: a run's folder, one of its checkpoints, a name of GPT-2, or a folder with its
-    weights. wanted: the GPTConfig of the settings; its dropout holds, and its block_size shortens
-    GPT-2. tokenizer: of the data. shape: the GPTConfig of the weights. problems: how the data
-    contradicts them. load: a function that returns the model.
+    init_from: a name of GPT-2, or a folder with its weights. wanted: the GPTConfig of the settings;
+    its dropout holds, and its block_size shortens the model. shape: the GPTConfig of the weights.
+    tokenizer: as its to_dict returns it. load: a function that returns the model.
     """
-    if path := checkpoint_path(init_from):
-        checkpoint = load_checkpoint(path)
-        model = load_model(path, checkpoint, dropout=wanted.dropout)
-        shape, theirs = model.config, checkpoint['tokenizer']
-    else:
-        with one_line_errors(f'--init_from={init_from}: '):
-            folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
-            shape = gpt2_config(folder, wanted.block_size, wanted.dropout)
-            theirs = pretrained_tokenizer(init_from, shape.vocab_size)
-    problems = []
-    if theirs != tokenizer.to_dict():
-        problems.append(f'the data has a vocabulary of {tokenizer.vocab_size} other tokens than '
-                        f'{init_from}: write it in the same tokens with python data/text/'
-                        f'prepare.py --input=FILE --name=NAME --tokenizer={init_from}')
-
     def load():
-        if path:
-            return model
         with one_line_errors(f'--init_from={init_from}: '):
             folder = gpt2_folder(init_from, process=process)
             return load_gpt2(folder, wanted.block_size, wanted.dropout)
-    return shape, problems, load
+    with one_line_errors(f'--init_from={init_from}: '):
+        folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
+        shape = gpt2_config(folder, wanted.block_size, wanted.dropout)
+        return shape, pretrained_tokenizer(init_from, shape.vocab_size), load
+
+
+def check_weights(shape, theirs, tokenizer, settings, given):
+    """Fail if the settings or the data contradict loaded weights.
+
+    shape: the GPTConfig of the weights. theirs: their tokenizer, as its to_dict returns it.
+    tokenizer: of the data. given: the keys of the settings that the user gave.
+    """
+    source = settings['init_from']
+    problems = [f'{key}={settings[key]} but the model of init_from={source} has {key}={value}'
+                for key, value in asdict(shape).items() if key in given and settings[key] != value]
+    if theirs != tokenizer.to_dict():
+        problems.append(f'the data has a vocabulary of {tokenizer.vocab_size} other tokens than '
+                        f'{source}: write it in the same tokens with python data/text/prepare.py '
+                        f'--input=FILE --name=NAME --tokenizer={source}')
+    if problems:
+        fail(*problems)
 
 
 def need_memory(shape, shards, process):

@@ -31,7 +31,7 @@ def as_before():
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.compiler.reset()  # after eight models of one function, it runs the next ones uncompiled
     configure(vars(train), [])
 
 

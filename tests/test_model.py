@@ -419,3 +419,13 @@ def test_the_residual_stream_is_in_bfloat16_but_never_in_float16(dtype):
     with torch.autocast('cpu', dtype):
         model(torch.zeros(1, 8, dtype=torch.int64))
     assert seen == [torch.bfloat16 if dtype == torch.bfloat16 else torch.float32] * 2
+
+
+def test_generation_does_without_cudnns_attention_and_restores_it():
+    cudnn = torch.backends.cuda
+    model, seen = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=8)), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(cudnn.cudnn_sdp_enabled()))
+    before = cudnn.cudnn_sdp_enabled()
+    for _ in model.eval().generate(torch.zeros(1, 1, dtype=torch.int64), 3):
+        assert cudnn.cudnn_sdp_enabled() == before
+    assert before and seen == [False] * 3
