@@ -93,22 +93,20 @@ def time_updates(learner, data):
     startup_seconds = time.perf_counter() - _started
     train.compile_forward(learner)
     compile_seconds = time.perf_counter() - _started - startup_seconds
-    sequences = train.gradient_accumulation_steps * train.batch_size
 
     def step(it, timed=False):
-        progress = train.Progress(iter_num=it, position=it * sequences)
-        batches = list(train.training_batches(learner, data, progress))
+        position = it * train.gradient_accumulation_steps * train.batch_size
+        batches = list(train.training_batches(learner, data, train.Progress(it, position)))
         t0 = process.clock()
         row = train.update(learner, batches, factor=1.0, timed=timed)
         return process.clock() - t0, row['dtf'], row['dtb']
-    first_step_seconds = step(0)[0]
+    result = dict(steps=bench_steps, startup_seconds=startup_seconds,
+                  compile_seconds=compile_seconds, first_step_seconds=step(0)[0])
     seconds = [step(1 + i)[0] for i in range(bench_warmup + bench_steps)][bench_warmup:]
     timed = [step(10**6 + i, timed=True) for i in range(min(3, bench_steps))]
-    result = dict(steps=bench_steps)
     for key, x in ('dt', seconds), ('dtf', [t[1] for t in timed]), ('dtb', [t[2] for t in timed]):
         result |= {key: statistics.median(x), f'{key}_min': min(x), f'{key}_max': max(x)}
-    tps = sequences * train.block_size / result['dt']
-    peak = (train.peak_tflops * 1e12 or peak_flops(process) or 0) * process.world_size
+    peak = train.peak_tflops * 1e12 or peak_flops(process)
     if profile:
         with torch.profiler.profile() as profiler:
             for it in range(3):
@@ -116,11 +114,8 @@ def time_updates(learner, data):
         if process.is_main:
             profiler.export_chrome_trace('trace.json')
             print('wrote trace.json: open it at https://ui.perfetto.dev')
-    return result | dict(
-        tps=tps, mfu=100 * learner.model.flops_per_token() * tps / peak if peak else None,
-        peak_tflops=peak / 1e12, peak_memory_mb=peak_memory(process),
-        startup_seconds=startup_seconds, compile_seconds=compile_seconds,
-        first_step_seconds=first_step_seconds)
+    return result | train.speeds(result['dt'], learner, peak) | dict(
+        peak_tflops=(peak or 0) * process.world_size / 1e12, peak_memory_mb=peak_memory(process))
 
 class RandomTokens:
     """Stands in for the Tokens of a dataset."""
@@ -142,19 +137,23 @@ def peak_memory(process):
         return peak / 1e6 if sys.platform == 'darwin' else peak * 1024 / 1e6
 
 def time_generation(model, process):
-    """Return the tokens per second of one sample, of ten, and of one with int8 weights."""
+    """Return the tokens per second of one sample, of ten, and of one with int8 weights.
+
+    sample_first_1 is the time of the first repeat of one sample over that of the later repeats.
+    """
     n = min(bench_tokens, train.block_size - 1)
-    one = time_samples(model, 1, n, process)
+    one, first = time_samples(model, 1, n, process)
     if baseline:  # it generates ten samples one after another, and has no int8
         return dict(sample_tps_1=one, sample_tps_1_int8=one, sample_tps_10=one)
-    result = dict(sample_tps_1=one, sample_tps_10=time_samples(model, 10, n, process))
+    result = dict(sample_tps_1=one, sample_first_1=first)
+    result['sample_tps_10'], _ = time_samples(model, 10, n, process)
     if process.device.type == 'cpu' and train.parallel != 'fsdp':
-        result['sample_tps_1_int8'] = time_samples(model, 1, n, process, 'int8')
+        result['sample_tps_1_int8'], _ = time_samples(model, 1, n, process, 'int8')
     return result
 
 @torch.inference_mode()
 def time_samples(model, num_samples, n, process, quantize=''):
-    """Return the tokens per second of generating n tokens for each sample, as sample.py does."""
+    """Generate as sample.py does; return the tokens per second, and first / later repeats."""
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=process.device)
     if not baseline and train.parallel != 'fsdp':
         model = copy.deepcopy(model)  # the next call stores the weights in another way
@@ -170,7 +169,8 @@ def time_samples(model, num_samples, n, process, quantize=''):
         else:
             list(model.generate(idx, n, temperature=0.8, top_k=200, generator=generator))
         seconds.append(process.clock() - t0)
-    return num_samples * n / statistics.median(seconds[1:])
+    later = statistics.median(seconds[1:])
+    return num_samples * n / later, seconds[0] / later
 
 # -----------------------------------------------------------------------------
 # the plain way

@@ -112,8 +112,22 @@ def test_an_explicit_dtype_is_the_dtype_of_generation(process, monkeypatch):
     for dtype in ('float32', 'bfloat16'):
         bench_settings(f'--dtype={dtype}')
         model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=1, n_embd=16))
-        assert bench.time_samples(model, 1, 4, process) > 0
+        tps, first = bench.time_samples(model, 1, 4, process)
+        assert tps > 0 and first > 0
     assert taken == [torch.float32, torch.bfloat16]
+
+
+def test_a_slow_first_repeat_of_a_sample_is_shown(process, monkeypatch):
+    bench_settings('--dtype=float32')
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=1, n_embd=16))
+    # 6 s for the first repeat; 2, 1 and 3 s for the later ones
+    times = [0, 6, 10, 12, 20, 21, 30, 33]
+    monkeypatch.setattr(type(process), 'clock', lambda self: times.pop(0))
+    assert bench.time_samples(model, 1, 4, process) == (4 / 2, 6 / 2)
+    monkeypatch.setattr(bench, 'time_samples', lambda model, samples, *more: (samples, 3.0))
+    result = bench.time_generation(model, process)
+    assert result == dict(sample_tps_1=1, sample_first_1=3.0, sample_tps_10=10,
+                          sample_tps_1_int8=1)
 
 
 @pytest.mark.parametrize('arguments, words', [
