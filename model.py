@@ -244,11 +244,6 @@ class Block(nn.Module):
         x = x + self.attn(self.shift('attn', self.ln_1(x), cache), rotation, cache)
         return x + self.mlp(self.shift('mlp', self.ln_2(x), cache))
 
-    def compile_for_training(self):
-        """Compile forward in training mode only; evaluation and generation stay eager."""
-        eager, compiled = self.forward, torch.compile(self.forward)
-        self.forward = lambda *args: (compiled if self.training else eager)(*args)
-
 class GPT(nn.Module):
     """A GPT with the shape of a GPTConfig, initialized like GPT-2 from torch's global generator."""
 
@@ -333,8 +328,17 @@ class GPT(nn.Module):
             logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        return logits, self.loss(logits, targets)
+
+    def loss(self, logits, targets):
+        """Return the mean cross-entropy of logits (B, T, V) against targets (B, T)."""
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def compile_in_parts(self):
+        """Compile blocks and loss for training only; evaluation and generation stay eager."""
+        for block in self.transformer.h:
+            compile_for_training(block, 'forward')
+        compile_for_training(self, 'loss')
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
@@ -362,6 +366,12 @@ class GPT(nn.Module):
             new = next_token[:, None]
             tokens = torch.cat([tokens, new], dim=1)
             yield next_token
+
+def compile_for_training(module, name):
+    """Compile a method of module, and use the compiled method in training mode."""
+    eager = getattr(module, name)
+    compiled = torch.compile(eager)
+    setattr(module, name, lambda *args: (compiled if module.training else eager)(*args))
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one id per row of logits (B, V), as GPT.generate describes; return (B,)."""

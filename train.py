@@ -431,8 +431,7 @@ def compile_forward(learner):
     t0 = process.clock()
     process.print('compiling ...')
     if parallel == 'fsdp':  # what fsdp does between blocks cannot be compiled
-        for block in model.transformer.h:
-            block.compile_for_training()
+        model.compile_in_parts()
     else:  # no logits: as an output they cost memory and a gradient of zeros
         learner.forward = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(len(learner.rows), block_size, dtype=torch.int64, device=process.device)

@@ -411,6 +411,30 @@ def test_gpu_peaks_are_found_by_name(monkeypatch):
     assert peak_flops(process) == 104.8e12
 
 
+@pytest.mark.slow
+def test_a_compiled_loss_keeps_the_logits_once_and_in_bfloat16():
+    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=1, n_head=2, n_embd=32))
+    targets = torch.randint(500, (2, 64))
+    targets[0, :9] = -1  # not counted
+    logits, losses, grads = torch.randn(2, 64, 500), [], []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_in_parts()
+        x, saved = logits.bfloat16().requires_grad_(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = model.loss(x, targets)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(x.grad)
+        kept = {t.untyped_storage().data_ptr(): t.dtype for t in saved if t.numel() == x.numel()}
+        assert list(kept.values()) == [torch.bfloat16 if compiled else torch.float32]
+    log_p = logits.bfloat16().double().log_softmax(dim=-1)
+    rows, columns = (targets >= 0).nonzero(as_tuple=True)
+    expected = -log_p[rows, columns, targets[rows, columns]].mean().item()
+    assert losses == pytest.approx([expected] * 2, abs=1e-5)
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_the_residual_stream_is_in_bfloat16_but_never_in_float16(dtype):
     model, seen = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=8)), []

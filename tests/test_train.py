@@ -1048,8 +1048,9 @@ def test_a_compiled_sharded_model_is_compiled_block_by_block(project, train_run,
         assert [r['val_loss'] for r in evals] == pytest.approx(losses, abs=1e-3)
         assert 'compiled in' in out
         assert 'Graph break' not in err and 'Recompiling' not in err
-        # something was compiled
+        # something was compiled, the loss included
         assert re.search(r'# Source node to ATen node mapping|def call\(', err)
+        assert 'log_softmax' in err
 
 
 def test_fsdp_refuses_float16_and_a_single_process(train_run, tmp_path, capsys):
