@@ -1,16 +1,18 @@
 # GPT-2 (124M) on OpenWebText, about 0.5M tokens per update, as in nanoGPT's reproduction of GPT-2
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
-# Never run: no GPU was available.
+# Never run: no GPU was available. The micro-batch is for GPUs of 80 GB by an estimate: a compiled
+# update takes 0.5 GB for each sequence, and 2 GB for weights, gradients and AdamW, so 18 GB in all.
+# Without compilation it takes twice as much.
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 eval_interval = 1000
 eval_iters = 200
 sample_prompt = 'Hello, I am a language model,'
 
-# 12 sequences x 1,024 tokens x 40 micro-batches = 491,520 tokens per update
-batch_size = 12
+# 30 sequences x 1,024 tokens x 16 micro-batches = 491,520 tokens per update
+batch_size = 30
 block_size = 1024
-gradient_accumulation_steps = 40
+gradient_accumulation_steps = 16
 n_layer = 12
 n_head = 12
 n_embd = 768

@@ -1,5 +1,6 @@
 """configurator.py: settings, what the machine offers, and how a script ends."""
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -209,6 +210,12 @@ def test_every_config_file_loads():
             lines = f.read().splitlines()
         assert len(lines) <= 40, name
         assert any(f'config/{name}' in line for line in lines[:4]), name
+        # '# 30 sequences x 1,024 tokens x 16 micro-batches = 491,520 tokens per update'
+        for line in lines:
+            if 'micro-batches =' in line:
+                sizes = [int(n) for n in re.findall(r'\d+', line.replace(',', ''))[:4]]
+                assert sizes == [train.batch_size, train.block_size,
+                                 train.gradient_accumulation_steps, math.prod(sizes[:3])], name
     configure(vars(train), [])
 
 
