@@ -26,9 +26,9 @@ from torch.nn import functional as F
 import configurator
 import train
 from configurator import configure, run_main, setup
-from data import linears
+from data import devices, linears
 from data.datasets import open_dataset
-from model import GPT, CausalSelfAttention, Dropout, draw, peak_flops
+from model import GPT, CausalSelfAttention, Dropout, draw
 
 # -----------------------------------------------------------------------------
 # settings
@@ -106,7 +106,7 @@ def time_updates(learner, data):
     timed = [step(10**6 + i, timed=True) for i in range(min(3, bench_steps))]
     for key, x in ('dt', seconds), ('dtf', [t[1] for t in timed]), ('dtb', [t[2] for t in timed]):
         result |= {key: statistics.median(x), f'{key}_min': min(x), f'{key}_max': max(x)}
-    peak = train.peak_tflops * 1e12 or peak_flops(process)
+    peak = train.peak_tflops * 1e12 or devices.peak_flops(process)
     if profile:
         with torch.profiler.profile() as profiler:
             for it in range(3):

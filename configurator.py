@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from model import cpu_multiplies_bfloat16, keep_memory, worth_compiling
+from data.devices import cpu_multiplies_bfloat16, keep_memory, worth_compiling
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')

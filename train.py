@@ -19,14 +19,14 @@ from torch import nn
 
 import configurator
 from configurator import Process, configure, fail, one_line_errors, run_main, setup, torchrun
-from data import checkpoints, runs
+from data import checkpoints, devices, runs
 from data.datasets import open_dataset
 from data.prompts import continue_text, pick_prompt
 from data.signals import catch_signals, guarded
 from data.tokenizers import tokenizer_from_dict
 from data.weights import check_weights, checkpoint_path, find_gpt2, need_memory
 from data.windows import divide
-from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, peak_flops, shard
+from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, shard
 
 # -----------------------------------------------------------------------------
 # settings; the defaults train a 10M-parameter character GPT on Shakespeare
@@ -180,7 +180,7 @@ def main(argv=None):
         metrics = runs.begin(settings(), model, resumed_at, out_lock)
     signals = catch_signals(process)
     compile_forward(learner)
-    peak = peak_tflops * 1e12 or peak_flops(process)
+    peak = peak_tflops * 1e12 or devices.peak_flops(process)
     process.print(LEGEND)
 
     # train_seconds counts updates only, without evaluation, sampling and saving
@@ -333,7 +333,7 @@ def model_shape(vocab_size):
 # model and optimizers
 
 def make_model(checkpoint, tokenizer, process):
-    """Return the model: a new one, or one with loaded weights."""
+    """Return a model with new or loaded weights."""
     shape = model_shape(tokenizer.vocab_size)
     if init_from == 'scratch':
         need_memory(shape, 1 if parallel == 'ddp' else process.world_size, process)
@@ -424,7 +424,7 @@ def resume(learner, checkpoint):
     return progress
 
 def compile_forward(learner):
-    """Compile the forward pass, if asked to, by running it on a batch of zeros."""
+    """Compile the forward pass with a batch of zeros, if asked to."""
     process, model = learner.process, learner.model
     if not process.compile:
         return

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import cpu_multiplies_bfloat16
+from data.devices import cpu_multiplies_bfloat16
 
 FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines  # x86: weights in float16
 

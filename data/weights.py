@@ -1,13 +1,11 @@
 """
 The weights that a new run starts from: those of an earlier run, or GPT-2's; the memory they need.
 """
-import math
 import os
 from dataclasses import asdict
 
-import torch
-
 from configurator import fail, one_line_errors
+from data.devices import total_memory
 from data.gpt2 import GPT2_NAMES, gpt2_config, gpt2_folder, load_gpt2
 from data.tokenizers import pretrained_tokenizer
 
@@ -68,14 +66,3 @@ def need_memory(shape, shards, process):
         fail(f'a model of {n / 1e6:,.0f}M parameters takes {need / 1e9:.1f} GB in training, '
              f'{process.device} has {have / 1e9:.1f} GB: use a smaller n_embd or n_layer, or '
              '--parallel=fsdp on more devices')
-
-
-def total_memory(device):
-    """Return the bytes of memory of the device."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == 'mps':
-        return torch.mps.recommended_max_memory()
-    if not hasattr(os, 'sysconf'):  # Windows
-        return math.inf
-    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')

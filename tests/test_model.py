@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import Process
+from data.devices import peak_flops
 from model import (
     ACTIVATIONS,
     GPT,
@@ -14,7 +15,6 @@ from model import (
     KVCache,
     attention_by_products,
     draw,
-    peak_flops,
     rotate,
 )
 

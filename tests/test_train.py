@@ -646,7 +646,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(train_run, project, capsys):
 
 
 def test_an_unknown_gpu_prints_mfu_na(train_run, monkeypatch, capsys):
-    monkeypatch.setattr(train, 'peak_flops', lambda process: None)
+    monkeypatch.setattr(train.devices, 'peak_flops', lambda process: None)
     train_run('--max_iters=1')
     assert 'mfu=n/a' in capsys.readouterr().out
 
