@@ -15,12 +15,12 @@ import torch
 import configurator
 from configurator import configure, fail, one_line_errors, pick_device, run_main, setup
 from data.checkpoints import load_checkpoint, load_model
-from data.datasets import read_text
 from data.files import cannot_write
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
 from data.linears import pick_dtype, place_for_generation
 from data.prompts import bracketed, encode_prompt, unescape
 from data.runs import read_runs
+from data.texts import read_text
 from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
 
 # -----------------------------------------------------------------------------

@@ -1,107 +1,25 @@
 """
-The files of a dataset: writing and checking them.
+The files of a dataset: checking and opening them.
 
 A dataset is a folder data/NAME with three files:
     train.bin, val.bin   token ids without a header, uint16 or uint32
     meta.json            tokenizer, vocab_size, dtype, source, sha256; tokens and bytes per split
 """
-import codecs
 import hashlib
 import importlib
 import json
 import os
-import re
 
 import numpy as np
 
 from configurator import fail, one_line_errors, torchrun
 from data import nanogpt
 from data.downloads import DATA_DIR
-from data.files import sha256_file, show_progress, write_atomic
-from data.tokenizers import CharTokenizer, tokenizer_from_dict, tokenizer_size
+from data.files import sha256_file, write_atomic
+from data.tokenizers import tokenizer_from_dict, tokenizer_size
 from data.windows import Tokens
 
 SPLITS = ('train', 'val')
-
-
-def read_text(path):
-    """Return the text of a UTF-8 file, under any locale and without a byte order mark."""
-    try:
-        with open(path, 'rb') as f:
-            raw = f.read()
-    except OSError as e:
-        fail(f'{path}: {e.strerror}')
-    text = raw.removeprefix(codecs.BOM_UTF8)
-    try:
-        return text.decode('utf-8').replace('\r\n', '\n')
-    except UnicodeDecodeError as e:
-        byte = len(raw) - len(text) + e.start
-        fail(f'{path}: not UTF-8 at byte {byte}: convert it first, for example with iconv -t UTF-8')
-
-
-def write_dataset(name, path, kind, drop=False):
-    """Make the dataset data/NAME from the text at path.
-
-    kind: char for the characters of the text, gpt2, or the tokenizer to use, as its to_dict returns
-    it. drop: leave out characters that this tokenizer lacks, which is an error otherwise. The first
-    90% of the characters are for training, the rest for validation.
-    """
-    text = read_text(path)
-    if kind == 'char':
-        tokenizer = CharTokenizer(text)
-    else:
-        tokenizer = tokenizer_from_dict({'kind': 'gpt2'} if kind == 'gpt2' else kind)
-    if isinstance(tokenizer, CharTokenizer):
-        text = without_missing(text, tokenizer, drop)
-    if len(text) < 20:
-        fail(f'{path}: {len(text)} characters are too few for training and validation')
-    print(f'{path}: {len(text):,} characters')
-    sha256 = sha256_file(path)
-    folder = os.path.join(DATA_DIR, name)
-    for meta in ('meta.json', 'meta.pkl'):  # they exist only while both .bin files are complete
-        if os.path.exists(os.path.join(folder, meta)):
-            os.remove(os.path.join(folder, meta))
-    cut = len(text) * 9 // 10
-    tokens, sizes = {}, {}
-    for split, part in (('train', text[:cut]), ('val', text[cut:])):
-        ids = [tokenizer.encode(block) for block in show_progress(blocks(part), 'tokenizing')]
-        ids = np.concatenate(ids).astype(id_dtype(tokenizer))
-        bin_path = os.path.join(folder, f'{split}.bin')
-        write_atomic(bin_path, [ids.tobytes()])
-        tokens[split], sizes[split] = len(ids), len(part.encode('utf-8'))
-        print(f'{bin_path}: {len(ids):,} tokens')
-    write_meta(folder, tokenizer, os.path.basename(path), sha256, tokens, sizes)
-    units = 'byte pairs' + ' of GPT-2' * (kind == 'gpt2')
-    if isinstance(tokenizer, CharTokenizer):
-        shown = tokenizer.chars[:200]
-        units = f'characters {shown!r}' + ' ...' * (len(shown) < tokenizer.vocab_size)
-    print(f'vocabulary: {tokenizer.vocab_size:,} {units}', flush=True)
-
-
-def blocks(text, size=1 << 20):
-    """Return text in blocks of about `size` characters that have the same tokens as the whole.
-
-    A cut lies between a single line break and a letter, which no tokenizer puts into one token.
-    """
-    ends, cut = [0], re.compile(r'(?<=\S\n)(?=\w)')
-    while len(text) - ends[-1] > size:
-        found = cut.search(text, ends[-1] + size)
-        ends.append(found.start() if found else len(text))
-    return [text[start:end] for start, end in zip(ends, [*ends[1:], len(text)])]
-
-
-def without_missing(text, tokenizer, drop):
-    """Return text without the characters that the tokenizer lacks; fail unless they may be lost."""
-    if not (missing := tokenizer.missing(text)):
-        return text
-    known = text.translate(dict.fromkeys(map(ord, missing)))
-    more = f' and {len(missing) - 50} others' * (len(missing) > 50)
-    count = f'{len(text) - len(known):,} of {len(text):,} characters'
-    what = f'{count} are not in the vocabulary: ' + ' '.join(map(repr, missing[:50])) + more
-    if not drop:
-        fail(f'{what}: leave them out with --unknown=drop')
-    print(f'note: left out, {what}')
-    return known
 
 
 def write_meta(folder, tokenizer, source, sha256, tokens, sizes):

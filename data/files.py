@@ -133,10 +133,12 @@ def lock(file):
         return first_line(e)
 
 
-def show_progress(items, work):
-    """Yield from the sequence `items`, and show the progress of long work on a terminal.
+def show_progress(items, work, size=0, position=None):
+    """Yield from `items`, and show the progress of long work on a terminal.
 
-    work: its name, for example 'evaluating'. The line is removed at the end.
+    work: its name, for example 'evaluating'. The items of a sequence are counted. For those of a
+    stream, position() returns how many bytes are done, of `size` bytes or, if None, nobody knows.
+    The line is removed at the end.
     """
     began = shown = time.monotonic()
     line = ''
@@ -145,10 +147,19 @@ def show_progress(items, work):
             now = time.monotonic()
             if i and now - shown > 0.5 and sys.stderr.isatty():
                 shown = now
-                left = (now - began) / i * (len(items) - i)
-                line = f'{work}: {i} of {len(items)}, {left:.0f} s left'
+                done, total = (position(), size) if position else (i, len(items))
+                line = f'{work}: {progress(done, total, now - began, bool(position))}'
                 print(f'\r{line:<60}', end='', file=sys.stderr, flush=True)
             yield item
     finally:
         if line:
             print(f'\r{"":<60}\r', end='', file=sys.stderr, flush=True)
+
+
+def progress(done, total, seconds, in_bytes):
+    """Return a few words about work of which `done` of `total` units took so many seconds."""
+    words = f'{done} of {total}'
+    if in_bytes:
+        words = f'{done / 1e6:,.0f}' + f' of {total / 1e6:,.0f}' * bool(total)
+        words += f' MB, {done / 1e6 / seconds:,.1f} MB/s'
+    return words + f', {seconds / done * (total - done):.0f} s left' * bool(total)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(PROJECT))
 
 import train
 from configurator import Process
-from data import datasets
+from data import build
 
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=4', '--block_size=32',
         '--eval_iters=2', '--eval_interval=5', '--log_interval=1', '--max_iters=10',
@@ -85,7 +85,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope='session', autouse=True)
 def project(text):
     """The copy of the scripts, with the dataset `topics`."""
-    datasets.write_dataset('topics', str(text), 'char')
+    build.write_dataset('topics', str(text), 'char')
     return PROJECT
 
 

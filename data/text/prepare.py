@@ -1,11 +1,16 @@
 """
-Your own text: makes the dataset data/NAME from a UTF-8 file.
+Your own text: makes the dataset data/NAME from UTF-8 files.
 
-    python data/text/prepare.py --input=diary.txt --name=diary --tokenizer=char
+    python data/text/prepare.py --input=diary.txt --name=diary
     python train.py config/train_shakespeare_char_cpu.py --dataset=diary --out_dir=out-diary
     python data/text/prepare.py --input=letters.txt --name=letters --tokenizer=out-diary
+    python data/text/prepare.py --input="books/*.txt" --name=books --tokenizer=bpe
 
---tokenizer also takes a checkpoint, and a tokenizer.json of Hugging Face or its folder.
+The input is a file, a folder, a pattern in quotes, or - for standard input. Files may end in .gz. A
+line of a .jsonl file is a document, which its field "text" holds; any other file is one document.
+An end-of-text token follows each document, or a line break if a token is a character.
+
+The end of the text is for validation. If there are 100 documents or more, whole documents are.
 """
 import os
 import re
@@ -15,17 +20,20 @@ import torch
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import configure, fail, one_line_errors, run_main
+from data.build import write_dataset
 from data.checkpoints import read_checkpoint
-from data.datasets import write_dataset
 from data.downloads import DATA_DIR
 from data.gpt2 import GPT2_NAMES
 from data.huggingface import read_json
+from data.texts import Texts
 from data.tokenizers import pretrained_tokenizer, tokenizer_size
 from data.weights import checkpoint_path
 
-input = ''  # UTF-8 text
+input = ''  # UTF-8 text: a file, folder, or pattern, also of .gz and .jsonl files; - reads a pipe
 name = ''  # name of the dataset
-tokenizer = 'char'  # char: one token per character | gpt2 | that of an earlier run: its folder
+tokenizer = 'char'  # char: one token per character | bpe: made for this text | gpt2 | a run
+vocab_size = 4096  # number of tokens, for --tokenizer=bpe
+val_fraction = 0.1  # fraction of the text for validation
 unknown = ''  # drop: leave out characters that the given tokenizer lacks
 
 
@@ -38,18 +46,23 @@ def main():
                         "consists of letters, digits, '_', '-' and '.'")
     elif os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
         problems.append(f'--name={name}: data/{name} has its own prepare.py: choose another name')
-    if tokenizer not in ('char', *GPT2_NAMES) and not os.path.exists(tokenizer):
-        problems.append(f'--tokenizer={tokenizer}: tokenizer is one of char, gpt2, or the path of '
-                        "a run's folder, a checkpoint, or a tokenizer.json")
+    if tokenizer not in ('char', 'bpe', *GPT2_NAMES) and not os.path.exists(tokenizer):
+        problems.append(f'--tokenizer={tokenizer}: tokenizer is one of char, bpe, gpt2, or the '
+                        "path of a run's folder, a checkpoint, or a tokenizer.json")
+    if not 257 <= vocab_size <= 1_000_000:
+        problems.append(f'--vocab_size={vocab_size}: vocab_size is at least 257 (the bytes, and '
+                        'end-of-text) and at most 1,000,000')
+    if not 0 < val_fraction < 1:
+        problems.append(f'--val_fraction={val_fraction}: val_fraction is above 0 and below 1')
     if unknown not in ('', 'drop'):
         problems.append(f'--unknown={unknown}: unknown is drop, or not given')
     if problems:
         fail(*problems)
     kind = tokenizer
-    if tokenizer not in ('char', 'gpt2'):
+    if tokenizer not in ('char', 'bpe', 'gpt2'):
         with one_line_errors(f'--tokenizer={tokenizer}: '):
             kind = read_tokenizer(tokenizer)
-    write_dataset(name, input, kind, drop=unknown == 'drop')
+    write_dataset(name, Texts(input), kind, unknown == 'drop', vocab_size, val_fraction)
     start = '' if torch.cuda.is_available() else 'config/train_shakespeare_char_cpu.py '
     if is_run(tokenizer):
         start = f'--init_from={tokenizer} '

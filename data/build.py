@@ -1,0 +1,219 @@
+"""
+How a dataset is made of texts. They are read twice, as a stream, and never held as a whole:
+
+1. Survey: count the characters, and collect what a tokenizer is made from.
+2. Divide the texts into training and validation, tokenize them on all cores, and write the tokens.
+"""
+import contextlib
+import hashlib
+import os
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+
+from configurator import fail
+from data.bpe import PATTERN, count_pieces, train_bpe
+from data.datasets import SPLITS, id_dtype, write_meta
+from data.downloads import DATA_DIR
+from data.files import cannot_write, replace_file
+from data.huggingface import to_letters
+from data.texts import BLOCK, Texts
+from data.tokenizers import BytePairTokenizer, CharTokenizer, tokenizer_from_dict
+
+SAMPLE = 100_000_000  # characters that are enough to train a tokenizer
+MANY_DOCUMENTS = 100  # if there are so many, whole documents are chosen for validation
+MANY_CHARACTERS = 300  # if there are more in a vocabulary, byte pairs suit the text better
+
+
+@dataclass
+class Survey:
+    """What is known about texts after they have been read once."""
+    characters: int = 0
+    documents: int = 0
+    alphabet: set = field(default_factory=set)  # the characters, if the tokenizer is made of them
+    pieces: Counter = field(default_factory=Counter)  # see data/bpe.py, if byte pairs are trained
+    sampled: int = 0  # characters whose pieces were counted
+    lost: int = 0  # characters that the given tokenizer lacks
+    missing: set = field(default_factory=set)  # the different ones
+
+
+def write_dataset(name, texts, kind, drop=False, vocab_size=4096, val_fraction=0.1, val_paths=()):
+    """Make the dataset data/NAME.
+
+    texts: a Texts, or the path of a text. kind: char for the characters of the texts, bpe for
+    vocab_size tokens trained on them, gpt2, or the tokenizer to use, as its to_dict returns it.
+    drop: leave out characters that this tokenizer lacks, which is an error otherwise. val_fraction:
+    the part for validation. It is the end of the text, but if there are many documents, it is those
+    whose hash is small. val_paths: the files for validation, if they are chosen already.
+    """
+    texts = texts if isinstance(texts, Texts) else Texts(texts)
+    tokenizer = None
+    if kind not in ('char', 'bpe'):
+        tokenizer = tokenizer_from_dict({'kind': 'gpt2'} if kind == 'gpt2' else kind)
+    found = survey(texts, kind, tokenizer)
+    known = found.characters - found.lost
+    if found.lost:
+        report_lost(found, drop)
+    if known < 20:
+        fail(f'{texts.name}: {known} characters are too few for training and validation')
+    documents = f' in {found.documents:,} documents' * (not texts.single)
+    print(f'{texts.name}: {found.characters:,} characters{documents}', flush=True)
+    tokenizer = tokenizer or make_tokenizer(kind, found, vocab_size)
+    cut = None
+    if not val_paths and (texts.single or found.documents < MANY_DOCUMENTS):
+        cut = int(known * (1 - Fraction(str(val_fraction))))
+    parts = divide(texts, found.missing, cut, val_fraction, val_paths)
+    tokens, sizes = write_tokens(os.path.join(DATA_DIR, name), parts, tokenizer, not texts.single)
+    write_meta(os.path.join(DATA_DIR, name), tokenizer, os.path.basename(texts.name),
+               texts.digest.hexdigest(), tokens, sizes)
+    units = 'byte pairs' + ' of GPT-2' * (kind == 'gpt2')
+    if isinstance(tokenizer, CharTokenizer):
+        shown = tokenizer.chars[:200]
+        units = f'characters {shown!r}' + ' ...' * (len(shown) < tokenizer.vocab_size)
+    print(f'vocabulary: {tokenizer.vocab_size:,} {units}', flush=True)
+
+
+def survey(texts, kind, tokenizer):
+    """Return the Survey of texts. tokenizer: the one to use, or None if it is yet to be made."""
+    found, step = Survey(), max(1, texts.size // SAMPLE)
+    known = set(tokenizer.chars) if isinstance(tokenizer, CharTokenizer) else None
+    for i, (text, begins, _, _) in enumerate(texts.blocks('reading')):
+        found.characters += len(text)
+        found.documents += begins
+        if kind == 'char':
+            found.alphabet |= set(text)
+        if kind == 'bpe' and i % step == 0 and found.sampled < SAMPLE:
+            found.pieces.update(count_pieces([text]))
+            found.sampled += len(text)
+        if known and (missing := set(text) - known):
+            found.missing |= missing
+            found.lost += sum(map(text.count, missing))
+    return found
+
+
+def report_lost(found, drop):
+    """Say which characters the tokenizer lacks. Fail unless they may be left out."""
+    missing = sorted(found.missing)
+    more = f' and {len(missing) - 50} others' * (len(missing) > 50)
+    what = (f'{found.lost:,} of {found.characters:,} characters are not in the vocabulary: '
+            + ' '.join(map(repr, missing[:50])) + more)
+    if not drop:
+        fail(f'{what}: leave them out with --unknown=drop')
+    print(f'note: left out, {what}')
+
+
+def make_tokenizer(kind, found, vocab_size):
+    """Return a new tokenizer for the texts of a Survey: of their characters, or of byte pairs."""
+    if kind == 'char':
+        # there is no end-of-text token: a line break follows each document
+        tokenizer = CharTokenizer(''.join(found.alphabet) + '\n' * (found.documents > 1))
+        if tokenizer.vocab_size > MANY_CHARACTERS:
+            print(f'note: {tokenizer.vocab_size:,} different characters are a large vocabulary: '
+                  'byte pairs suit this text better (--tokenizer=bpe)')
+        return tokenizer
+    print(f'training {vocab_size:,} tokens on {found.sampled:,} characters', flush=True)
+    tokens = [to_letters(token) for token in train_bpe(found.pieces, vocab_size - 1)]
+    if len(tokens) < vocab_size - 1:
+        print(f'note: this text has no more than {len(tokens) + 1:,} tokens')
+    return BytePairTokenizer(PATTERN, [*tokens, '<|endoftext|>'], [len(tokens)], len(tokens))
+
+
+def divide(texts, missing, cut, val_fraction, val_paths):
+    """Yield (split, text): the texts in blocks, and None at the end of each document.
+
+    split: 0 for training, 1 for validation. missing: characters to leave out. cut: the number of
+    characters for training, or None if whole documents are chosen for validation.
+    """
+    position, split, table = 0, 0, dict.fromkeys(map(ord, missing))
+    for text, begins, ends, path in texts.blocks('tokenizing'):
+        if missing:
+            text = text.translate(table)
+        if cut is not None:
+            middle = min(max(cut - position, 0), len(text))
+            yield 0, text[:middle]
+            yield 1, text[middle:]
+            position += len(text)
+            split = int(position > cut)
+        else:
+            if begins:
+                split = int(path in val_paths if val_paths else is_val(text, val_fraction))
+            yield split, text
+        if ends:
+            yield split, None
+
+
+def is_val(text, val_fraction):
+    """Return whether the document that begins with this text is for validation."""
+    digest = hashlib.sha256(text.encode('utf-8')).digest()
+    return int.from_bytes(digest[:8], 'big') < val_fraction * 2**64
+
+
+def write_tokens(folder, parts, tokenizer, ends):
+    """Write train.bin and val.bin; return the numbers of tokens, and of bytes of text, per split.
+
+    parts: what divide yields. ends: whether to mark the end of each document. An interruption
+    leaves an older dataset as it was.
+    """
+    def encode(batch):
+        ids, sizes = [[np.empty(0, dtype)] for _ in SPLITS], [0, 0]
+        for split, text in batch:
+            if text is None and ends and tokenizer.eot is not None:
+                ids[split].append(np.array([tokenizer.eot], dtype))
+            text = line_break if text is None else text
+            ids[split].append(tokenizer.encode(text).astype(dtype))
+            sizes[split] += len(text.encode('utf-8'))
+        return [np.concatenate(arrays) for arrays in ids], sizes
+
+    dtype, line_break = id_dtype(tokenizer), ''
+    if ends and isinstance(tokenizer, CharTokenizer) and '\n' in tokenizer.chars:
+        line_break = '\n'
+    paths = [os.path.join(folder, f'{split}.bin') for split in SPLITS]
+    tokens, sizes = [0, 0], [0, 0]
+    # threads, because tiktoken runs outside of Python's lock; more of them would wait for the text
+    pool = ThreadPoolExecutor(min(16, os.cpu_count()))
+    try:
+        with pool, contextlib.ExitStack() as stack:
+            files = [stack.enter_context(replace_file(path)) for path in paths]
+            for arrays, lengths in map_ahead(pool, encode, batches(parts), 18):
+                for i in range(len(SPLITS)):
+                    files[i].write(arrays[i].tobytes())
+                    tokens[i] += len(arrays[i])
+                    sizes[i] += lengths[i]
+            for split, n in zip(SPLITS, tokens):
+                if not n:
+                    fail(f'there is no text for {split}: choose another --val_fraction')
+            # meta.json, or nanoGPT's meta.pkl, is there only while both other files are complete
+            for meta in ('meta.json', 'meta.pkl'):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, meta))
+    except OSError as e:
+        cannot_write(paths[0], e)
+    for path, n in zip(paths, tokens):
+        print(f'{path}: {n:,} tokens')
+    return dict(zip(SPLITS, tokens)), dict(zip(SPLITS, sizes))
+
+
+def batches(parts):
+    """Yield lists of parts with about a million characters each."""
+    batch, size = [], 0
+    for split, text in parts:
+        batch.append((split, text))
+        size += len(text or '')
+        if size >= BLOCK:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def map_ahead(pool, function, items, n):
+    """Yield function(item) for each item in order. At most n of them are computed ahead."""
+    futures = deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > n:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
