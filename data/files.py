@@ -158,8 +158,10 @@ def show_progress(items, work, size=0, position=None):
 
 def progress(done, total, seconds, in_bytes):
     """Return a few words about work of which `done` of `total` units took so many seconds."""
-    words = f'{done} of {total}'
+    rate = f', {done / 1e6 / seconds:,.1f} MB/s'
+    if not total:
+        return f'{done / 1e6:,.0f} MB{rate}'
+    left = f'{seconds / done * (total - done):.0f} s left'
     if in_bytes:
-        words = f'{done / 1e6:,.0f}' + f' of {total / 1e6:,.0f}' * bool(total)
-        words += f' MB, {done / 1e6 / seconds:,.1f} MB/s'
-    return words + f', {seconds / done * (total - done):.0f} s left' * bool(total)
+        return f'{done / 1e6:,.0f} of {total / 1e6:,.0f} MB{rate}, {left}'
+    return f'{done} of {total}, {left}'

@@ -136,7 +136,7 @@ def split(parts, separator):
 
 def decode(chunks, path):
     """Yield the text of bytes in UTF-8, without a byte order mark and with plain line breaks."""
-    decoder, held, done = codecs.getincrementaldecoder('utf-8')(), '', 0
+    decoder, held, done, first = codecs.getincrementaldecoder('utf-8')(), '', 0, True
     for chunk in itertools.chain(chunks, [b'']):
         try:
             text = decoder.decode(chunk, final=not chunk)
@@ -144,8 +144,8 @@ def decode(chunks, path):
             byte = done + len(chunk) - len(e.object) + e.start
             fail(f'{path}: not UTF-8 at byte {byte}: convert it first, for example with iconv '
                  '-t UTF-8')
-        if not done:
-            text = text.removeprefix('\ufeff')
+        if first and text:
+            text, first = text.removeprefix('\ufeff'), False
         done += len(chunk)
         text = held + text
         held = '\r' if chunk and text.endswith('\r') else ''  # a \n may follow

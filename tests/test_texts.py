@@ -1,0 +1,345 @@
+"""Datasets from texts of any size: what is read, how it is divided, tokens of one's own."""
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import made_up_text, script, snapshot
+
+import data.text.prepare as own_text
+import sample
+from configurator import configure
+from data import build, datasets, files
+from data.texts import Texts, find_files
+from data.tokenizers import tokenizer_from_dict
+
+SCRIPTS = {
+    'latin': 'Où est l’élève naïf ? Ça va très bien, merci.\n',
+    'cyrillic': 'Съешь ещё этих мягких французских булок.\n',
+    'arabic': 'نص عربي قصير للاختبار.\n',
+    'devanagari': 'यह हिन्दी में एक वाक्य है।\n',
+    'chinese': '這是一個簡短的中文句子。\n',
+    'emoji': 'Family 👨‍👩‍👧‍👦, flag 🏳️‍🌈, thumb 👍🏽!\n',
+}
+
+
+def prepare(source, name, *more):
+    """Run data/text/prepare.py in this process; return (meta, ids for training, for validation)."""
+    try:
+        configure(vars(own_text), [f'--input={source}', f'--name={name}', *more])
+        own_text.main()
+    finally:
+        configure(vars(own_text), [])
+    return read_dataset(name)
+
+
+def read_dataset(name):
+    meta = datasets.read_meta(name)
+    return meta, *(np.fromfile(os.path.join(datasets.DATA_DIR, name, f'{split}.bin'), meta['dtype'])
+                   for split in datasets.SPLITS)
+
+
+def texts_of(ids, tokenizer):
+    """Return the texts that end with an end-of-text token, and what follows the last of these."""
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot) + 1)
+    return [tokenizer.decode(part[part != tokenizer.eot]) for part in parts]
+
+
+def refused(capsys, *arguments):
+    """Return the error line of prepare.py."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        prepare(*arguments)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1
+    return err
+
+
+# -----------------------------------------------------------------------------
+# what is read
+
+def test_a_file_a_gz_and_a_pipe_of_one_text_are_one_dataset(project, text, tmp_path):
+    whole = text.read_bytes()
+    with gzip.open(tmp_path / 'topics.txt.gz', 'wb') as f:
+        f.write(whole[:70_000])
+    with gzip.open(tmp_path / 'topics.txt.gz', 'ab') as f:  # a file may have several parts
+        f.write(whole[70_000:])
+    os.mkfifo(tmp_path / 'pipe')
+    writer = threading.Thread(target=lambda: (tmp_path / 'pipe').write_bytes(whole))
+    writer.start()
+    found = [prepare(source, 'one') for source in (text, tmp_path / 'topics.txt.gz',
+                                                   tmp_path / 'pipe')]
+    writer.join()
+    with open(text, 'rb') as f:
+        subprocess.run([sys.executable, str(project / 'data' / 'text' / 'prepare.py'), '--input=-',
+                        '--name=one'], stdin=f, check=True, capture_output=True)
+    found.append(read_dataset('one'))
+    for meta, train, val in found:
+        assert meta['sha256'] == hashlib.sha256(whole).hexdigest()
+        assert (train == found[0][1]).all() and (val == found[0][2]).all()
+    assert found[3][0]['source'] == 'standard input' and found[0][0]['source'] == 'topics.txt'
+    assert not [name for name in os.listdir(datasets.DATA_DIR) if 'tmp' in name]
+
+
+def test_the_files_of_a_folder_or_a_pattern_are_found(tmp_path):
+    for name in ('b.txt', 'a.txt', 'sub/c.txt', 'sub/d.md', '.hidden', '.git/x', 'odd[1].txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('x')
+
+    def names(source):
+        return [os.path.relpath(path, tmp_path) for path in find_files(str(source))]
+    assert names(tmp_path) == ['a.txt', 'b.txt', 'odd[1].txt', 'sub/c.txt', 'sub/d.md']
+    assert names(tmp_path / '*.txt') == ['a.txt', 'b.txt', 'odd[1].txt']
+    assert names(tmp_path / '**' / '*.txt') == ['a.txt', 'b.txt', 'odd[1].txt', 'sub/c.txt']
+    assert names(tmp_path / 'odd[1].txt') == ['odd[1].txt']
+
+
+def test_each_file_and_each_line_of_jsonl_is_a_document(tmp_path):
+    (tmp_path / 'b.txt').write_bytes(b'\xef\xbb\xbfThe second\r\nfile.')
+    (tmp_path / 'c.jsonl').write_text('{"text": "a line\\r\\n"}\n\n{"id": 1, "text": "caf\\u00e9"}')
+    with gzip.open(tmp_path / 'd.jsonl.gz', 'wt', encoding='utf-8') as f:
+        f.write('{"text": "packed"}\n')
+    (tmp_path / 'a.txt').write_text('The first file.')
+    expected = ['The first file.', 'The second\nfile.', 'a line\n', 'café', 'packed']
+    meta, train, val = prepare(tmp_path, 'documents', '--tokenizer=bpe', '--vocab_size=257')
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert tokenizer.eot == 256 and meta['vocab_size'] == 257
+    assert texts_of(np.concatenate([train, val]), tokenizer) == [*expected, '']
+    assert sum(meta['bytes'].values()) == len(''.join(expected).encode())
+    # characters have no end-of-text token
+    meta, train, val = prepare(tmp_path, 'documents')
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    written = tokenizer.decode(train) + tokenizer.decode(val)
+    assert written == ''.join(document + '\n' for document in expected)
+    assert sum(meta['bytes'].values()) == len(written.encode())
+
+
+@pytest.mark.parametrize('step', [1, 2, 3, 7, 1000])
+def test_a_text_is_the_same_in_chunks_of_any_size(tmp_path, monkeypatch, step):
+    raw = b'\xef\xbb\xbf' + 'é\r\n\r\r\n中\r👍🏽\n'.encode() * 3 + b'\r'
+    (tmp_path / 'x.txt').write_bytes(raw)
+    monkeypatch.setattr('data.texts.BLOCK', step)
+    blocks = list(Texts(str(tmp_path / 'x.txt')).blocks('reading'))
+    assert ''.join(block[0] for block in blocks) == raw.decode('utf-8-sig').replace('\r\n', '\n')
+    (tmp_path / 'x.txt').write_bytes(raw + b'abc\xff')
+    with pytest.raises(SystemExit):
+        list(Texts(str(tmp_path / 'x.txt')).blocks('reading'))
+
+
+def test_a_long_line_without_a_space_is_cut_somewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr('data.texts.LONGEST', 160)
+    (tmp_path / 'x.txt').write_text('x' * 1000)
+    blocks = list(Texts(str(tmp_path / 'x.txt')).blocks('reading'))
+    assert len(blocks) == 7 and ''.join(block[0] for block in blocks) == 'x' * 1000
+    assert [block[1:3] for block in blocks] == [(True, False), *[(False, False)] * 5, (False, True)]
+
+
+def test_what_cannot_be_read_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    before = snapshot(datasets.DATA_DIR)
+    (tmp_path / 'empty').mkdir()
+    with gzip.open(tmp_path / 'cut.gz', 'wb') as f:
+        f.write(os.urandom(5000))
+    (tmp_path / 'cut.gz').write_bytes((tmp_path / 'cut.gz').read_bytes()[:3000])
+    (tmp_path / 'plain.gz').write_bytes(b'not packed')
+    (tmp_path / 'late.txt').write_bytes(b'a\n' * (1 << 20) + b'caf\xe9')
+    good = b'{"text": "good"}\n'
+    lines = {'list.jsonl': b'["text"]', 'other.jsonl': b'{"content": "x"}', 'number.jsonl':
+             b'{"text": 3}', 'broken.jsonl': b'{"text": "x', 'half.jsonl': b'{"text": "\\ud800"}'}
+    for name, line in lines.items():
+        (tmp_path / name).write_bytes(good + line)
+    for name, words in [('empty', 'there is no file'), ('none*', 'there is no file'),
+                        ('cut.gz', 'cut.gz: '), ('plain.gz', 'plain.gz: Not a gzipped file'),
+                        ('late.txt', f'not UTF-8 at byte {2 * (1 << 20) + 3}'),
+                        *((name, f'{name}: line 2 is not a JSON object') for name in lines)]:
+        assert words in refused(capsys, tmp_path / name, 'bad')
+    for flag, words in (('--vocab_size=256', 'at least 257'), ('--vocab_size=2000000', 'at most'),
+                        ('--val_fraction=0', 'above 0 and below 1'),
+                        ('--val_fraction=1', 'above 0 and below 1')):
+        assert words in refused(capsys, tmp_path / 'late.txt', 'bad', flag)
+    assert snapshot(datasets.DATA_DIR) == before
+
+
+# -----------------------------------------------------------------------------
+# training and validation
+
+@pytest.mark.parametrize('fraction, n', [('0.1', 900), ('0.25', 750), ('0.001', 999)])
+def test_the_end_of_a_text_is_for_validation(tmp_path, fraction, n):
+    letters = ''.join(random.Random(1).choices('abc \n', k=1000))
+    (tmp_path / 'x.txt').write_text(letters)
+    meta, train, val = prepare(tmp_path / 'x.txt', 'end', f'--val_fraction={fraction}')
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert tokenizer.decode(train) == letters[:n] and tokenizer.decode(val) == letters[n:]
+
+
+def test_of_few_documents_the_end_is_for_validation(tmp_path):
+    for i in range(4):
+        (tmp_path / f'{i}.txt').write_text(str(i) * 25)
+    meta, train, val = prepare(tmp_path, 'few', '--tokenizer=bpe', '--vocab_size=257',
+                               '--val_fraction=0.25')
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert texts_of(train, tokenizer) == ['0' * 25, '1' * 25, '2' * 25, '']
+    assert texts_of(val, tokenizer) == ['3' * 25, '']
+
+
+def test_of_many_documents_a_hash_chooses_those_for_validation(tmp_path, monkeypatch):
+    documents = [f'Document {i} is here.' for i in range(500)]
+    chosen = []
+    for order in (documents, documents[::-1]):
+        path = tmp_path / 'x.jsonl'
+        path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in order))
+        meta, train, val = prepare(path, 'many', '--tokenizer=bpe', '--vocab_size=300')
+        tokenizer = tokenizer_from_dict(meta['tokenizer'])
+        *train, _ = texts_of(train, tokenizer)
+        *val, _ = texts_of(val, tokenizer)
+        assert train == [text for text in order if text not in val] and 25 < len(val) < 80
+        chosen.append(set(val))
+        assert meta['bytes']['val'] == len(''.join(val))
+    assert chosen[0] == chosen[1]
+    _, _, more = prepare(path, 'many', '--tokenizer=bpe', '--vocab_size=300', '--val_fraction=0.5')
+    assert chosen[0] < set(texts_of(more, tokenizer)) and 200 < len(texts_of(more, tokenizer)) < 300
+    # a long document is for one of the two as a whole
+    monkeypatch.setattr('data.texts.BLOCK', 10)
+    monkeypatch.setattr('data.texts.cut.__defaults__', (10,))
+    meta, train, val = prepare(path, 'many', '--tokenizer=bpe', '--vocab_size=300')
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert sorted(texts_of(train, tokenizer)[:-1] + texts_of(val, tokenizer)[:-1]) \
+        == sorted(documents)
+
+
+def test_a_split_without_text_is_refused(tmp_path, capsys):
+    (tmp_path / 'x.txt').write_text('abc' * 10)
+    assert 'there is no text for train' in refused(capsys, tmp_path / 'x.txt', 'none',
+                                                 '--val_fraction=0.999')
+    assert os.listdir(os.path.join(datasets.DATA_DIR, 'none')) == []
+
+
+# -----------------------------------------------------------------------------
+# tokens
+
+def test_tokens_of_ones_own_hold_any_text(project, tmp_path, capsys, train_run):
+    mixed = ''.join(SCRIPTS.values()) * 40
+    (tmp_path / 'mixed.txt').write_text(mixed, encoding='utf-8')
+    meta, train, val = prepare(tmp_path / 'mixed.txt', 'mixed', '--tokenizer=bpe',
+                               '--vocab_size=400')
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert tokenizer.vocab_size == meta['vocab_size'] == 400 and tokenizer.eot == 399
+    assert tokenizer.decode(train) + tokenizer.decode(val) == mixed
+    assert len(train) + len(val) < len(mixed.encode()) / 2.5
+    # a model of these tokens needs no dataset to write, and another text can take the same tokens
+    train_run('--dataset=mixed', '--max_iters=2', '--sample_tokens=4', out=tmp_path / 'out')
+    (tmp_path / 'new.txt').write_text('Any other text: naïve 中文 👍🏽.\n' * 9, encoding='utf-8')
+    again, *ids = prepare(tmp_path / 'new.txt', 'mixed', f'--tokenizer={tmp_path / "out"}')
+    assert again['tokenizer'] == meta['tokenizer']
+    assert ''.join(map(tokenizer.decode, ids)) == 'Any other text: naïve 中文 👍🏽.\n' * 9
+    capsys.readouterr()
+    configure(vars(sample), [f'--out_dir={tmp_path / "out"}', '--num_samples=1',
+                             '--max_new_tokens=5', '--start=Où 中'])
+    sample.main()
+    configure(vars(sample), [])
+    assert '[Où 中]' in capsys.readouterr().out
+
+
+def test_a_small_text_has_fewer_tokens_than_asked_for(tmp_path, capsys):
+    (tmp_path / 'x.txt').write_text('abababab ' * 20)
+    meta, *_ = prepare(tmp_path / 'x.txt', 'small', '--tokenizer=bpe')
+    assert 257 < meta['vocab_size'] < 280
+    assert f'no more than {meta["vocab_size"]} tokens' in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, 'SAMPLE', 20_000)
+    monkeypatch.setattr('data.texts.cut.__defaults__', (1000,))
+    (tmp_path / 'x.txt').write_text(made_up_text(100_000), encoding='utf-8')
+    prepare(tmp_path / 'x.txt', 'sampled', '--tokenizer=bpe', '--vocab_size=300')
+    sampled = capsys.readouterr().out.split('training 300 tokens on ')[1].split()[0]
+    assert 18_000 < int(sampled.replace(',', '')) < 24_000
+
+
+def test_many_characters_are_a_note_and_more_than_65536_take_four_bytes(tmp_path, capsys):
+    characters = [chr(i) for i in (*range(0x4e00, 0xa000), *range(0x20000, 0x2c000))]
+    text = ''.join(characters * 2)
+    (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
+    meta, train, val = prepare(tmp_path / 'x.txt', 'wide')
+    assert meta['dtype'] == 'uint32' and meta['vocab_size'] == len(characters) > 65536
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert tokenizer.decode(train) + tokenizer.decode(val) == text
+    assert train.max() > 65536
+    assert 'byte pairs suit this text better (--tokenizer=bpe)' in capsys.readouterr().out
+    _, opened, _ = datasets.open_dataset('wide', 16, build_process())
+    x, y = opened.read([70_000])
+    assert tokenizer.decode(x[0]) == text[70_000:70_016] and (x[0, 1:] == y[0, :-1]).all()
+
+
+def build_process():
+    import torch
+
+    from configurator import Process
+    return Process(torch.device('cpu'), torch.float32)
+
+
+# -----------------------------------------------------------------------------
+# interruptions, progress, memory
+
+@pytest.mark.parametrize('kind', ['interrupted', 'full'])
+def test_an_interruption_leaves_the_older_dataset_as_it_was(text, tmp_path, capsys, monkeypatch,
+                                                            kind):
+    prepare(text, 'older')
+    folder = os.path.join(datasets.DATA_DIR, 'older')
+    before = snapshot(folder)
+    (tmp_path / 'x.txt').write_text('another text\n' * 1000)
+
+    def id_dtype(tokenizer):
+        class Array(np.ndarray):
+            def tobytes(self):
+                raise KeyboardInterrupt if kind == 'interrupted' else OSError(28, 'No space left')
+        monkeypatch.setattr(np, 'concatenate', lambda arrays: np.zeros(3).view(Array))
+        return np.dtype(np.uint16)
+    monkeypatch.setattr(build, 'id_dtype', id_dtype)
+    with pytest.raises(KeyboardInterrupt if kind == 'interrupted' else SystemExit):
+        prepare(tmp_path / 'x.txt', 'older')
+    if kind == 'full':
+        assert 'error: cannot write' in capsys.readouterr().err
+    assert snapshot(folder) == before
+
+
+def test_progress_tells_the_rate_and_the_time_left(monkeypatch, tmp_path):
+    err = io.StringIO()
+    err.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', err)
+    monkeypatch.setattr(time, 'monotonic', iter(range(100)).__next__)  # every look takes 1 s
+    done = iter([3_000_000, 6_000_000])
+    list(files.show_progress(iter('abc'), 'reading', 12_000_000, lambda: next(done)))
+    done = iter([3_000_000, 6_000_000])
+    list(files.show_progress(iter('abc'), 'reading', None, lambda: next(done)))
+    lines = [line.strip() for line in err.getvalue().split('\r')]
+    assert [line for line in lines if line] == [
+        'reading: 3 of 12 MB, 1.5 MB/s, 6 s left', 'reading: 6 of 12 MB, 2.0 MB/s, 3 s left',
+        'reading: 3 MB, 1.5 MB/s', 'reading: 6 MB, 2.0 MB/s']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['char', 'bpe'])
+def test_the_memory_does_not_grow_with_the_text(project, tmp_path, kind):
+    part = made_up_text(1_000_000).encode()
+    peaks = []
+    for n in (1, 150):
+        with open(tmp_path / 'x.txt', 'wb') as f:
+            f.writelines([part] * n)
+        (tmp_path / 'peak.py').write_text(f"""
+import resource, subprocess, sys
+subprocess.run([sys.executable, 'data/text/prepare.py', '--input={tmp_path / "x.txt"}',
+                '--name=big', '--tokenizer={kind}', '--vocab_size=300'], check=True)
+print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+""")
+        out, _ = script(project, tmp_path / 'peak.py')
+        peaks.append(int(out.split('peak ')[1]) // 1000)
+    assert peaks[1] < peaks[0] + 150, peaks  # MB; the text alone has 150
+    assert peaks[1] < 1000
