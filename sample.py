@@ -8,6 +8,7 @@ import codecs
 import math
 import os
 import shutil
+import sys
 import time
 
 import torch
@@ -22,17 +23,19 @@ from data.prompts import bracketed, encode_prompt, unescape
 from data.runs import read_runs
 from data.texts import read_text
 from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
+from data.weights import checkpoint_path
 
 # -----------------------------------------------------------------------------
 # settings
 
 # what to load
-init_from = 'resume'  # resume (weights of train.py) | gpt2, gpt2-xl, ... | DIR with such weights
+init_from = 'resume'  # resume (weights of train.py) | gpt2, gpt2-xl, ... | DIR with weights
 out_dir = ''  # folder of the run; empty: the latest run
 weights = 'best'  # best: model.pth, the lowest val loss | last: ckpt.pt, the end of training
 export = ''  # write the weights to this new folder, for Hugging Face's transformers, and exit
 # what to generate
 start = ''  # prompt, or FILE:path of its file; empty: a newline or end-of-text; \n is a newline
+interactive = False  # continue each line that you type; Ctrl-D ends
 num_samples = 10  # samples, generated together; a single one is printed as it grows
 max_new_tokens = 500  # tokens in each sample
 temperature = 0.8  # below 1: more predictable, above 1: more varied; 0: the most likely token
@@ -59,60 +62,96 @@ def main():
     kind = pick_device(device).type
     if quantize and (kind != 'cpu' or dtype != 'auto' or export):
         fail(f'--quantize={quantize} is for --device=cpu, without --dtype and --export')
+    count = 1 if interactive else num_samples
 
     # weights
+    source = init_from
     if init_from == 'resume':
-        path = os.path.join(out_dir or last_run(), 'model.pth' if weights == 'best' else 'ckpt.pt')
-        checkpoint = load_checkpoint(path)
-    process = setup(device=device, dtype=pick_dtype(kind, dtype, quantize, num_samples), seed=seed)
-    if init_from == 'resume':
-        model = load_model(path, checkpoint)
-        tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
-        loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
-        known = f', best val loss {loss:.4f}' if loss < math.inf else ''  # inf: not evaluated yet
-        print(f'{weights} weights: {path}, step {checkpoint["iter_num"]}{known}'
-              + f', as {quantize}' * bool(quantize))
-    else:
-        with one_line_errors(f'--init_from={init_from}: '):
-            model = load_gpt2(gpt2_folder(init_from))
-            saved = pretrained_tokenizer(init_from, model.config.vocab_size)
-        tokenizer = tokenizer_from_dict(saved)
-        print(f'weights of {init_from}, {model.num_params(False):,} parameters')
+        name = 'model.pth' if weights == 'best' else 'ckpt.pt'
+        source = os.path.join(out_dir or last_run(), name)
+    model, tokenizer, words = read_weights(source)
+    print(words + f', as {quantize}' * bool(quantize))
     if export:
         return export_model(model, tokenizer)
-    place_for_generation(model, process.device, process.dtype, quantize, num_samples)
+    process = setup(device=device, dtype=pick_dtype(kind, dtype, quantize, count), seed=seed)
+    place_for_generation(model, process.device, process.dtype, quantize, count)
 
-    # prompt
+    # text
+    generator = process.generator('sample', device=process.device)
+    if interactive:
+        return answer_lines(model, tokenizer, generator)
     with one_line_errors('--start: '):
         idx = encode_prompt(tokenizer, prompt, process.device)
     if idx.size(1) > model.config.block_size:
         print(f'note: the prompt has {idx.size(1)} tokens, '
               f'the model sees the last {model.config.block_size}')
-
-    # text
     t0 = process.clock()
-    texts = [Text(tokenizer, unescape(stop)) for _ in range(num_samples)]
+    n = write(model, tokenizer, prompt, idx.repeat(count, 1), generator)
+    seconds = time.perf_counter() - t0
+    print(f'{count} x {n} tokens in {seconds:.2f} s: {count * n / seconds:.0f} tokens/s')
+
+def load(source, device='cpu'):
+    """Return (model, tokenizer) for use from Python; the model is in eval mode.
+
+    source: a run's folder or checkpoint, a name of GPT-2, or a folder with its weights.
+    """
+    model, tokenizer, _ = read_weights(source)
+    return model.eval().to(device), tokenizer
+
+def read_weights(source):
+    """Return the model, the tokenizer, and words that describe them."""
+    path = checkpoint_path(source) or source
+    if not path.endswith(('.pth', '.pt')):
+        with one_line_errors(f'--init_from={source}: '):
+            model = load_gpt2(gpt2_folder(source))
+            saved = pretrained_tokenizer(source, model.config.vocab_size)
+        words = f'weights of {source}, {model.num_params(False):,} parameters'
+        return model, tokenizer_from_dict(saved), words
+    checkpoint = load_checkpoint(path)
+    loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
+    words = f'{weights} weights: {path}, step {checkpoint["iter_num"]}'
+    if loss < math.inf:  # inf: not evaluated yet
+        words += f', best val loss {loss:.4f}'
+    return load_model(path, checkpoint), tokenizer_from_dict(checkpoint['tokenizer']), words
+
+def write(model, tokenizer, prompt, idx, generator):
+    """Print a sample for each row of idx (B, T); return the number of tokens of a sample.
+
+    A single sample is printed as it grows.
+    """
+    texts = [Text(tokenizer, unescape(stop)) for _ in idx]
     n = 0
-    if num_samples == 1:
+    if len(texts) == 1:
         print(bracketed(prompt), end='', flush=True)
-    for tokens in model.generate(idx.repeat(num_samples, 1), max_new_tokens, temperature, top_k,
-                                 top_p, process.generator('sample', device=process.device),
+    for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator,
                                  tokenizer.vocab_size):
         n += 1
         for text, token in zip(texts, tokens.tolist()):
             text.add(token)
-        if num_samples == 1:
+        if len(texts) == 1:
             print(texts[0].new(), end='', flush=True)
         if all(text.done for text in texts):
             break
-    seconds = time.perf_counter() - t0
-    if num_samples == 1:
+    if len(texts) == 1:
         print(texts[0].new(end=True))
     else:
         for text in texts:
             print(f'{bracketed(prompt)}{text.text}\n---------------')
-    rate = num_samples * n / seconds
-    print(f'{num_samples} x {n} tokens in {seconds:.2f} s: {rate:.0f} tokens/s')
+    return n
+
+def answer_lines(model, tokenizer, generator):
+    """Continue each line of standard input, until it ends. Ctrl-C ends one continuation."""
+    while True:
+        try:
+            prompt = unescape(input('> ' if sys.stdin.isatty() else ''))
+            write(model, tokenizer, prompt, encode_prompt(tokenizer, prompt, generator.device),
+                  generator)
+        except EOFError:
+            return print() if sys.stdin.isatty() else None
+        except KeyboardInterrupt:
+            print()
+        except ValueError as e:  # characters that the vocabulary lacks
+            print(f'error: {e}')
 
 def last_run():
     """Return the folder of the latest run."""

@@ -1,6 +1,9 @@
 """sample.py: prompts, samples, exports, and weights of fewer bytes on a CPU."""
 import os
+import pty
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -144,6 +147,63 @@ def test_without_a_best_model_the_error_says_to_take_the_last(train_run, tmp_pat
     err = capsys.readouterr().err
     assert e.value.code == 2 and 'no model.pth in' in err and 'use --weights=last' in err
     assert 'step 3' in sampled(f'--out_dir={out}', '--weights=last')
+
+
+def test_a_model_is_loaded_from_python(trained, tmp_path):
+    model, tokenizer = sample.load(str(trained))
+    assert not model.training
+    idx = torch.from_numpy(tokenizer.encode('What is ')[None])
+    logits, _ = model(idx)
+    assert logits.shape == (1, 8, tokenizer.vocab_size)
+    greedy = [token.item() for token in model.generate(idx, 5, temperature=0)]
+    expected = []
+    for _ in range(5):
+        token = model(torch.cat([idx, torch.tensor([expected]).long()], dim=1))[0][0, -1].argmax()
+        expected.append(token.item())
+    assert greedy == expected and len(tokenizer.decode(greedy)) == 5
+    last, _ = sample.load(str(trained / 'ckpt.pt'))
+    assert last.config == model.config
+    configure(vars(sample), [f'--out_dir={trained}', f'--export={tmp_path / "hf"}'])
+    sample.main()
+    configure(vars(sample), [])
+    exported, same = sample.load(str(tmp_path / 'hf'))
+    assert torch.equal(exported(idx)[0], logits) and same.to_dict() == tokenizer.to_dict()
+
+
+def test_each_line_is_continued_until_the_input_ends(trained, project):
+    done = subprocess.run(
+        [sys.executable, str(project / 'sample.py'), f'--out_dir={trained}', '--interactive=True',
+         '--max_new_tokens=5', '--temperature=0'], capture_output=True, text=True, timeout=100,
+        input='What is\n中\nWhat is\n')
+    assert done.returncode == 0 and not done.stderr
+    first, wrong, second = done.stdout.splitlines()[-3:]
+    assert first == second and re.fullmatch(r'\[What is\].{5}', first)
+    assert wrong.startswith("error: not in the vocabulary") and '中' in wrong
+
+
+def test_ctrl_c_ends_one_continuation_only(trained, project):
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [
+            sys.executable, str(project / 'sample.py'), f'--out_dir={trained}',
+            '--interactive=True', '--max_new_tokens=100000', '--device=cpu'])
+    out = ''
+
+    def read_until(words):
+        nonlocal out
+        out = ''
+        while words not in out:
+            out += os.read(terminal, 1000).decode()
+    read_until('> ')
+    for _ in range(2):
+        os.write(terminal, b'What is\n')
+        read_until('[What is]')
+        os.write(terminal, b'\x03')  # Ctrl-C
+        read_until('> ')
+    os.write(terminal, b'\x03')  # at the prompt
+    read_until('> ')
+    os.write(terminal, b'\x04')  # Ctrl-D
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_stop_ends_a_sample_before_its_text_while_streaming_too():
