@@ -44,10 +44,10 @@ def download(path, sources):
     raise DownloadError('; '.join(reasons))
 
 
-def download_resumable(url, path, sha256=None):
+def download_resumable(url, path, sha256=None, end=0):
     """Download url to path. Bytes that an interrupted call left in path.part are kept.
 
-    A file with another sha256 is removed and raises DownloadError.
+    A file with another sha256 is removed and raises DownloadError. end: stop after so many bytes.
     """
     part = f'{path}.part'
     try:
@@ -57,7 +57,7 @@ def download_resumable(url, path, sha256=None):
             if os.path.exists(path):  # another process has finished this download
                 remove_if_empty(part)
                 return
-            append_rest(f, url)
+            append_rest(f, url, end=end)
             if sha256 and sha256_file(part) != sha256:
                 f.truncate(0)
                 raise DownloadError(f'{url}: the sha256 of the file is not {sha256}')
@@ -76,8 +76,8 @@ def hub_address():
     return os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
 
 
-def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0):
-    """Yield the bytes of the file at url, from byte `start` on.
+def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0, end=0):
+    """Yield the bytes of the file at url, from byte `start` on, and up to `end` if it is not 0.
 
     size (in bytes) and sha256 are those of the whole file; sha256 needs start=0. The server must
     answer within `timeout` seconds, and send more than 1 kB/s on average after `patience` seconds.
@@ -100,8 +100,13 @@ def fetch(url, size=None, sha256=None, timeout=20, patience=60, start=0):
             chunked = response.headers.get('Transfer-Encoding') == 'chunked'
             if not total and not sha256 and not chunked:
                 raise DownloadError(f'{url}: the server states no length to check the file by')
+            position = start
             for chunk in receive(response, url, start, total, patience):
                 digest.update(chunk)
+                position += len(chunk)
+                if end and position >= end:
+                    yield chunk[:len(chunk) - (position - end)]
+                    return
                 yield chunk
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as e:
         raise DownloadError(f'{url}: {type(e).__name__}') from e
@@ -197,19 +202,21 @@ def pip_archive(requirement, sha256, folder):
     return os.path.join(folder, archives[0])
 
 
-def append_rest(f, url, size=None, begin=0, header=0):
+def append_rest(f, url, size=None, begin=0, header=0, end=0):
     """Append the missing bytes of the file at url to f, which is open for appending.
 
-    Byte `begin` of f corresponds to byte `header` of the file at url.
+    Byte `begin` of f corresponds to byte `header` of the file at url. end: as in fetch.
     """
     have = f.seek(0, os.SEEK_END) - begin
+    if end and have >= end:
+        return
     if have:
         try:
-            write_chunks(f, fetch(url, size=size, start=header + have))
+            write_chunks(f, fetch(url, size=size, start=header + have, end=end))
             return
         except NotResumable:
             f.truncate(begin)  # start again
-    write_chunks(f, fetch(url, size=size), skip=header)
+    write_chunks(f, fetch(url, size=size, end=end), skip=header)
 
 
 def remove_if_empty(path):

@@ -1078,3 +1078,51 @@ def test_an_evaluation_makes_few_logits_at_a_time(process, tmp_path):
     # with fsdp, all ranks compute equally often
     counts = [len(batches(2**28 // 250, rank, 2)) for rank in (0, 1)]
     assert counts[0] == counts[1] == 4
+
+
+# -----------------------------------------------------------------------------
+# TinyStories
+
+def test_tinystories_are_prepared_in_parts_and_an_interrupted_run_goes_on(project, hub, capsys):
+    base = '/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-'
+    folder = project / 'data' / 'tinystories'
+    stories = [f'Once upon a time, there was a cat with {i} fish.\n\nThe end.'
+               for i in range(30_000)]
+    whole = ''.join(f'{story}\n<|endoftext|>\n' for story in stories).encode()
+    Hub.files = {f'{base}train.txt': whole, f'{base}valid.txt':
+                 b'A dog.\n<|endoftext|>\nA bird.\n<|endoftext|>\n' * 5}
+
+    def prepare(*arguments, code=0, address=hub):
+        return script(project, 'data/tinystories/prepare.py', '--vocab_size=300', *arguments,
+                      code=code, env={'HF_ENDPOINT': address})
+
+    def read(split):
+        meta = datasets.read_meta('tinystories')
+        tokenizer = tokenizer_from_dict(meta['tokenizer'])
+        ids = np.fromfile(folder / f'{split}.bin', meta['dtype'])
+        return tokenizer.decode(ids).split('<|endoftext|>')
+    # as if killed in the first megabyte
+    part = folder / 'TinyStoriesV2-GPT4-train-1MB.txt.part'
+    part.write_bytes(whole[:123_456])
+    out, _ = prepare('--mb=1')
+    assert 'train.py config/train_tinystories.py' in out
+    assert (f'{base}train.txt', 123_456) in Hub.requests
+    complete = whole[:1_000_000].decode().split('\n<|endoftext|>\n')[:-1]
+    assert read('train') == [*complete, ''] and complete == stories[:len(complete)]
+    assert read('val') == ['A dog.', 'A bird.'] * 5 + ['']
+    # again: nothing is downloaded; then all stories
+    Hub.requests.clear()
+    prepare('--mb=1')
+    assert not Hub.requests and read('train') == [*complete, '']
+    prepare()
+    assert read('train') == [*stories, ''] and Hub.requests == [(f'{base}train.txt', 0)]
+    # no answer, and a file of another kind
+    before = (folder / 'meta.json').read_bytes()
+    _, err = prepare('--mb=2', code=2, address='http://127.0.0.1:9')
+    assert err.splitlines()[-1].endswith('run this again to continue')
+    Hub.files[f'{base}train.txt'] = b'no stories ' * 200_000
+    _, err = prepare('--mb=2', code=2)
+    assert 'there was no <|endoftext|> near its end' in err
+    assert not [name for name in os.listdir(folder) if '2MB' in name]
+    _, err = prepare('--mb=-1', code=2)
+    assert 'mb is at least 0' in err and (folder / 'meta.json').read_bytes() == before

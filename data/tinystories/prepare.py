@@ -1,0 +1,68 @@
+"""
+TinyStories (https://arxiv.org/abs/2305.07759), in byte pairs made for it: simple stories, from
+which even a small model learns to write. Downloads 2.2 GB, or a part of it.
+
+    python data/tinystories/prepare.py --mb=200
+
+Run the same command again to continue after an interruption.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
+from configurator import configure, fail, run_main
+from data.build import write_dataset
+from data.downloads import DATA_DIR, DownloadError, download_resumable, hub_address
+from data.files import need_space
+from data.texts import Texts
+
+mb = 0  # megabytes of stories to train on; 0: all of them
+vocab_size = 4096  # number of tokens
+
+SIZE = 2_230_000_000  # bytes of all stories, about
+SEPARATOR = '<|endoftext|>'  # between two stories
+
+
+def main():
+    if mb < 0 or not 257 <= vocab_size <= 65536:
+        fail(f'--mb={mb} --vocab_size={vocab_size}: mb is at least 0, vocab_size is at least 257 '
+             'and at most 65,536')
+    end = mb * 1_000_000
+    need_space(os.path.dirname(__file__), 1.7 * (end or SIZE), 'the stories and their tokens take')
+    train = download_stories('train', end)
+    val = download_stories('valid')
+    texts = Texts(train, val, separator=SEPARATOR)
+    write_dataset('tinystories', texts, 'bpe', vocab_size=vocab_size, val_paths=[val])
+    print('now train on it: python train.py config/train_tinystories.py')
+
+
+def download_stories(kind, end=0):
+    """Return the path of the stories, downloaded if they are missing: all, or up to byte `end`."""
+    name = f'TinyStoriesV2-GPT4-{kind}'
+    url = f'{hub_address()}/datasets/roneneldan/TinyStories/resolve/main/{name}.txt'
+    part = f'-{end // 1_000_000}MB' if end else ''
+    path = os.path.join(DATA_DIR, 'tinystories', f'{name}{part}.txt')
+    try:
+        if not os.path.exists(path):
+            download_resumable(url, path, end=end)
+    except DownloadError as e:
+        fail(f'{e}: run this again to continue')
+    end_with_a_story(path)
+    return path
+
+
+def end_with_a_story(path):
+    """Remove what follows the last separator in a file: the beginning of a story."""
+    with open(path, 'r+b') as f:
+        begin = max(0, os.path.getsize(path) - 1_000_000)
+        f.seek(begin)
+        last = f.read().rfind(SEPARATOR.encode())
+        f.truncate(begin + last + len(SEPARATOR) if last >= 0 else 0)
+    if last < 0:
+        os.remove(path)
+        fail(f'{path}: there was no {SEPARATOR} near its end, so it is removed: run this again')
+
+
+if __name__ == '__main__':
+    configure(globals())
+    run_main(main)
