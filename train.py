@@ -117,14 +117,6 @@ LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batc
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
 _defaults, _given = {}, set()  # filled by configure: all settings; the keys in argv
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
-LEGEND = """legend of the log lines:
-  step     updates done                        loss         mean over the batch, nats per token
-  dt       seconds per update (mean)           dtf, dtb     forward and backward time
-  sps      sequences per second                tps          tokens per second
-  sps_per_gpu, tps_per_gpu: the same per process
-  mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
-  norm     gradient norm before clipping       eta          time left, h:mm:ss"""
-
 LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
 
 # -----------------------------------------------------------------------------
@@ -181,7 +173,7 @@ def main(argv=None):
     signals = catch_signals(process)
     compile_forward(learner)
     peak = peak_tflops * 1e12 or devices.peak_flops(process)
-    process.print(LEGEND)
+    process.print(runs.LEGEND)
 
     # train_seconds counts updates only, without evaluation, sampling and saving
     last_log = replace(progress)
@@ -207,6 +199,7 @@ def main(argv=None):
                 progress.best_val_loss = val_loss
             process.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} '
                           f'best_val_loss={min(progress.best_val_loss, val_loss):.4f} '
+                          f'bits_per_byte={val_data.bits_per_byte(val_loss):.4f} '
                           f'train_seconds={progress.train_seconds:.1f} '
                           f'(evaluated in {time.perf_counter() - t1:.1f} s)')
             if metrics:
@@ -565,7 +558,7 @@ def print_losses(learner, splits):
                               f'bits_per_byte={data.bits_per_byte(loss):.4f}')
 
 def speeds(dt, learner, peak):
-    """Return the speeds of an update that takes dt seconds, as LEGEND explains them."""
+    """Return the speeds of an update that takes dt seconds, as runs.LEGEND explains them."""
     sps, world_size = gradient_accumulation_steps * batch_size / dt, learner.process.world_size
     tps = sps * block_size
     mfu = peak and 100 * learner.model.flops_per_token() * tps / world_size / peak

@@ -18,6 +18,14 @@ from data.files import cannot_write, lock, need_space, replace_file, write_atomi
 WINDOWS = os.name == 'nt'
 RUNS_LOG = os.path.join(HERE, 'checkpoints.log')  # one out_dir a line, the latest run last
 
+LEGEND = """legend of the log lines:
+  step     updates done                        loss         mean over the batch, nats per token
+  dt       seconds per update (mean)           dtf, dtb     forward and backward time
+  sps      sequences per second                tps          tokens per second
+  sps_per_gpu, tps_per_gpu: the same per process
+  mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
+  norm     gradient norm before clipping       eta          time left, h:mm:ss"""
+
 
 # -----------------------------------------------------------------------------
 # out_dir

@@ -641,6 +641,10 @@ def test_bits_per_byte_count_the_bytes_of_the_text(train_run, project, capsys):
     out = capsys.readouterr().out
     numbers = re.findall(r'_loss=(\S+) .*bits_per_byte=(\S+)', out)
     assert len(numbers) == 2
+    train_run('--max_iters=1')
+    line, = re.findall(r' val_loss=(\S+) best_val_loss=\S+ bits_per_byte=(\S+)',
+                       capsys.readouterr().out.split('step=1 train_loss')[1])
+    numbers.append((2 * float(line[0]), line[1]))  # of `topics`, where a character is a byte
     for loss, bits in numbers:
         assert float(bits) == pytest.approx(float(loss) / math.log(2) / 2, abs=1e-3)
 
