@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import made_up_text, script, snapshot
 
 import data.text.prepare as own_text
@@ -247,6 +248,28 @@ def test_tokens_of_ones_own_hold_any_text(project, tmp_path, capsys, train_run):
     assert '[Où 中]' in capsys.readouterr().out
 
 
+def test_transformers_reads_and_writes_tokens_of_ones_own(tmp_path, train_run):
+    transformers = pytest.importorskip('transformers')
+    (tmp_path / 'mixed.txt').write_text(''.join(SCRIPTS.values()) * 40, encoding='utf-8')
+    prepare(tmp_path / 'mixed.txt', 'mixed', '--tokenizer=bpe', '--vocab_size=500')
+    train_run('--dataset=mixed', '--max_iters=2', '--sample_tokens=0', out=tmp_path / 'out')
+    configure(vars(sample), [f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}'])
+    sample.main()
+    configure(vars(sample), [])
+    model, ours = sample.load(str(tmp_path / 'out'))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    for text in (*SCRIPTS.values(), '\n\n  two\n lines  \n', '   leading', 'naïve\t\tcafé', "I'll",
+                 '1234567 89', 'a\r\nb', '👨‍👩‍👧‍👦', 'क्षि'):
+        ids = ours.encode(text).tolist()
+        assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == text
+    assert theirs.eos_token_id == ours.eot
+    write = transformers.pipeline('text-generation', model=str(tmp_path / 'hf'))
+    text = write('Où est', max_new_tokens=5, do_sample=False)[0]['generated_text']
+    idx = torch.from_numpy(ours.encode('Où est').astype(np.int64))[None]
+    tokens = [token.item() for token in model.generate(idx, 5, temperature=0)]
+    assert text == 'Où est' + ours.decode(tokens)
+
+
 def test_a_small_text_has_fewer_tokens_than_asked_for(tmp_path, capsys):
     (tmp_path / 'x.txt').write_text('abababab ' * 20)
     meta, *_ = prepare(tmp_path / 'x.txt', 'small', '--tokenizer=bpe')
@@ -263,7 +286,7 @@ def test_a_tokenizer_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatc
     assert 18_000 < int(sampled.replace(',', '')) < 24_000
 
 
-def test_many_characters_are_a_note_and_more_than_65536_take_four_bytes(tmp_path, capsys):
+def test_many_characters_are_a_note_and_more_than_65536_take_four_bytes(tmp_path, capsys, process):
     characters = [chr(i) for i in (*range(0x4e00, 0xa000), *range(0x20000, 0x2c000))]
     text = ''.join(characters * 2)
     (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
@@ -273,16 +296,9 @@ def test_many_characters_are_a_note_and_more_than_65536_take_four_bytes(tmp_path
     assert tokenizer.decode(train) + tokenizer.decode(val) == text
     assert train.max() > 65536
     assert 'byte pairs suit this text better (--tokenizer=bpe)' in capsys.readouterr().out
-    _, opened, _ = datasets.open_dataset('wide', 16, build_process())
+    _, opened, _ = datasets.open_dataset('wide', 16, process)
     x, y = opened.read([70_000])
     assert tokenizer.decode(x[0]) == text[70_000:70_016] and (x[0, 1:] == y[0, :-1]).all()
-
-
-def build_process():
-    import torch
-
-    from configurator import Process
-    return Process(torch.device('cpu'), torch.float32)
 
 
 # -----------------------------------------------------------------------------
