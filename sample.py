@@ -65,10 +65,9 @@ def main():
     count = 1 if interactive else num_samples
 
     # weights
-    source = init_from
-    if init_from == 'resume':
-        name = 'model.pth' if weights == 'best' else 'ckpt.pt'
-        source = os.path.join(out_dir or last_run(), name)
+    source = (out_dir or last_run()) if init_from == 'resume' else init_from
+    if init_from == 'resume' or os.path.isdir(source) and checkpoint_path(source):
+        source = os.path.join(source, 'model.pth' if weights == 'best' else 'ckpt.pt')
     model, tokenizer, words = read_weights(source)
     print(words + f', as {quantize}' * bool(quantize))
     if export:
@@ -109,7 +108,8 @@ def read_weights(source):
         return model, tokenizer_from_dict(saved), words
     checkpoint = load_checkpoint(path)
     loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
-    words = f'{weights} weights: {path}, step {checkpoint["iter_num"]}'
+    words = f'{"last" if "optimizer" in checkpoint else "best"} weights: {path}, '
+    words += f'step {checkpoint["iter_num"]}'
     if loss < math.inf:  # inf: not evaluated yet
         words += f', best val loss {loss:.4f}'
     return load_model(path, checkpoint), tokenizer_from_dict(checkpoint['tokenizer']), words
@@ -189,7 +189,7 @@ class Text:
                 self.text, self.done = self.text[:self.text.index(self.stop)], True
 
     def new(self, end=False):
-        """Return the text since the last call, but before the end no beginning of `stop`."""
+        """Return the new text; before the end, hold back what may be the beginning of `stop`."""
         hold = 0 if end or self.done or not self.stop else len(self.stop) - 1
         until = max(self.shown, len(self.text) - hold)
         new, self.shown = self.text[self.shown:until], until

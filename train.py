@@ -37,7 +37,7 @@ init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... gp
 ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume; supplies all settings not given
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)
-eval_iters = 200  # batches of each split in an evaluation (at most 10 in the first); 0: all
+eval_iters = 200  # batches of each split in an evaluation (at most 10 of new weights); 0: all
 eval_only = False  # evaluate once, write nothing and exit
 log_interval = 10  # updates between log lines
 always_save_checkpoint = False  # write model.pth at each evaluation, even if not best
@@ -48,11 +48,11 @@ wandb_project = 'quill'  # project there
 wandb_run_name = 'gpt'  # name of the run
 # data
 dataset = 'shakespeare_char'  # folder in data/
-gradient_accumulation_steps = 1  # micro-batches per update, summed over processes
+gradient_accumulation_steps = 1  # micro-batches per update, in all processes
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
 input_noise = 0.0  # fraction of input tokens replaced at random (regularizes)
-skip_batches = 0  # total updates of data to skip; raise it on resuming to get past bad data
+skip_batches = 0  # updates whose data is skipped, in all; raise it to resume past bad data
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -102,7 +102,7 @@ def cosine(it, end):
     return 0.5 + 0.5 * math.cos(math.pi * fraction_done(it, warmup_iters, end))
 
 def linear(it, end):
-    """Stay at 1, then fall to 0 in the last decay_frac of the way to end."""
+    """Stay at 1, then fall in a line to 0 over the last decay_frac * end."""
     return 1 - fraction_done(it, max(warmup_iters, end * (1 - decay_frac)), end)
 
 SCHEDULES = {'cosine': cosine, 'linear': linear}
@@ -111,11 +111,11 @@ CHOICES = {'activation': ACTIVATIONS, 'norm': NORMS, 'optimizer': ('adamw', 'muo
            'dtype': configurator.DTYPES, 'backend': ('auto', 'nccl', 'gloo')}
 LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s',
           (0, 1e9): 'eval_iters sample_tokens max_iters train_iters warmup_iters min_lr '
-                    'lr_decay_iters grad_clip skip_batches peak_tflops',
+                    'lr_decay_iters grad_clip weight_decay skip_batches peak_tflops',
           (1e-99, math.inf): 'learning_rate muon_lr', (0, 2**63 - 1): 'seed',
           (0, 0.999999): 'beta1 beta2 muon_momentum input_noise', (0, 1): 'decay_frac'}
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
-_defaults, _given = {}, set()  # filled by configure: all settings; the keys in argv
+_defaults, _given = {}, set()  # filled by configure: the defaults; the keys that the user set
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
 LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
 
@@ -135,8 +135,8 @@ def main(argv=None):
     """Train as argv says (by default the command line)."""
     checkpoint, out_lock = read_settings(argv)
     resumed_at = checkpoint['iter_num'] if init_from == 'resume' else -1
-    last_iter = min(max_iters, max(0, resumed_at) + (train_iters or max_iters))
-    # False: a signal ended the evaluation of this step
+    last_iter = max(resumed_at, min(max_iters, max(0, resumed_at) + (train_iters or max_iters)))
+    # False: a signal left this step unevaluated
     evaluated = resumed_at < 0 or checkpoint.get('evaluated', True)
     if resumed_at >= last_iter and evaluated and not eval_only:
         return runs.nothing_to_do(resumed_at, max_iters)
@@ -185,7 +185,8 @@ def main(argv=None):
         due = (it % eval_interval == 0 or it == last_iter) and not (evaluated and it == resumed_at)
         if due and not stop:
             t1 = time.perf_counter()
-            n = eval_iters if it else min(eval_iters or 10, 10)  # rough before training
+            rough = it == 0 and init_from == 'scratch'
+            n = min(eval_iters or 10, 10) if rough else eval_iters
             losses = [evaluate(learner, d, n, signals) for d in (train_data, val_data)]
             stop = None in losses
         if due and not stop:
@@ -261,7 +262,8 @@ def main(argv=None):
     process.close()
     if stop or it < max_iters:
         reason = 'by a signal' if stop else f'after train_iters={train_iters} updates'
-        process.print(f'stopped {reason} at step {it}: go on with --init_from=resume')
+        process.print(f'stopped {reason} at step {it}: '
+                      f'go on with --out_dir={out_dir} --init_from=resume')
     if stop:
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
 
@@ -277,7 +279,7 @@ def read_settings(argv):
     def resuming():
         files = [os.path.join(out_dir, name) for name in (ckpt, 'ckpt_prev.pt')]
         return init_from == 'resume' or init_from == 'auto' and any(map(os.path.exists, files))
-    # on resuming, check only once the checkpoint's settings are known
+    # on resuming, check later, with the checkpoint's settings
     configure(globals(), argv, check=lambda: [] if resuming() else check_settings())
     checkpoint = out_lock = None
     if resuming():
@@ -330,18 +332,19 @@ def make_model(checkpoint, tokenizer, process):
     shape = model_shape(tokenizer.vocab_size)
     if init_from == 'scratch':
         need_memory(shape, 1 if parallel == 'ddp' else process.world_size, process)
-        model = GPT(shape).to(process.device)
-        for p in model.parameters():  # from rank 0: other CPUs draw other numbers
-            process.all_reduce(p.data.mul_(process.is_main))
-        return model
-    if checkpoint:
+        model = GPT(shape)
+    elif checkpoint:
         path = checkpoint_path(init_from) or os.path.join(out_dir, ckpt)
         model = checkpoints.load_model(path, checkpoint, dropout=dropout)
-        loaded, theirs = model.config, checkpoint['tokenizer']
+        check_weights(model.config, checkpoint['tokenizer'], tokenizer, settings(), _given)
     else:
-        loaded, theirs, load = find_gpt2(init_from, shape, process)
-    check_weights(loaded, theirs, tokenizer, settings(), _given)
-    return model if checkpoint else load()
+        found, theirs, load = find_gpt2(init_from, shape, process)
+        check_weights(found, theirs, tokenizer, settings(), _given)
+        model = load()
+    model.to(process.device)
+    for p in model.parameters():  # broadcast rank 0's: other CPUs draw other numbers
+        process.all_reduce(p.data.mul_(process.is_main))
+    return model
 
 @dataclass
 class Learner:
@@ -370,8 +373,7 @@ def make_learner(model, process):
         if isinstance(module, Dropout):
             module.part, module.parts = rows.start // len(rows), parts
     model = shard(model, process) if parallel == 'fsdp' else model.to(process.device)
-    with one_line_errors():  # torch checks rates and betas
-        optimizers = make_optimizers(model, process)
+    optimizers = make_optimizers(model, process)
     params = [p for opt in optimizers for group in opt.param_groups for p in group['params']]
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     learner = Learner(model, model, optimizers, params, scaler, process, micro_batches, rows)

@@ -1,10 +1,12 @@
 """
 How a dataset is made of texts. They are read twice, as a stream, and never held as a whole:
 
-1. Survey: count the characters, and collect what a tokenizer is made from.
-2. Divide the texts into training and validation, tokenize them on all cores, and write the tokens.
+1. Survey: count the characters, and collect what a new tokenizer is made from.
+2. Divide the texts into training and validation, tokenize them in several threads, and write the
+   tokens.
 """
 import contextlib
+import glob
 import hashlib
 import os
 from collections import Counter, deque
@@ -14,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from configurator import fail
+from configurator import fail, one_line_errors
 from data.bpe import PATTERN, count_pieces, train_bpe
 from data.datasets import SPLITS, id_dtype, write_meta
 from data.downloads import DATA_DIR
@@ -38,16 +40,17 @@ class Survey:
     sampled: int = 0  # characters whose pieces were counted
     lost: int = 0  # characters that the given tokenizer lacks
     missing: set = field(default_factory=set)  # the different ones
+    sha256: str = ''  # of the text's bytes
 
 
 def write_dataset(name, texts, kind, drop=False, vocab_size=4096, val_fraction=0.1, val_paths=()):
     """Make the dataset data/NAME.
 
-    texts: a Texts, or the path of a text. kind: char for the characters of the texts, bpe for
-    vocab_size tokens trained on them, gpt2, or the tokenizer to use, as its to_dict returns it.
-    drop: leave out characters that this tokenizer lacks, which is an error otherwise. val_fraction:
-    the part for validation. It is the end of the text, but if there are many documents, it is those
-    whose hash is small. val_paths: the files for validation, if they are chosen already.
+    texts: a Texts, or the path of a text. kind: char (the characters of the texts), bpe (vocab_size
+    byte pairs trained on the texts), gpt2, or the dict that to_dict of a tokenizer returns. drop:
+    leave out characters that this tokenizer lacks; otherwise they are an error. val_fraction: the
+    part for validation. This is the end of the text. Among many documents, a hash chooses them.
+    val_paths: the files for validation, if they are chosen already.
     """
     texts = texts if isinstance(texts, Texts) else Texts(texts)
     tokenizer = None
@@ -64,11 +67,13 @@ def write_dataset(name, texts, kind, drop=False, vocab_size=4096, val_fraction=0
     tokenizer = tokenizer or make_tokenizer(kind, found, vocab_size)
     cut = None
     if not val_paths and (texts.single or found.documents < MANY_DOCUMENTS):
-        cut = int(known * (1 - Fraction(str(val_fraction))))
-    parts = divide(texts, found.missing, cut, val_fraction, val_paths)
-    tokens, sizes = write_tokens(os.path.join(DATA_DIR, name), parts, tokenizer, not texts.single)
-    write_meta(os.path.join(DATA_DIR, name), tokenizer, os.path.basename(texts.name),
-               texts.digest.hexdigest(), tokens, sizes)
+        cut = int(known * (1 - Fraction(str(val_fraction))))  # exact: 0.1 is one tenth
+    parts = divide(texts, found, cut, val_fraction, val_paths)
+    with one_line_errors(f'{texts.name}: '):  # tiktoken may fail
+        tokens, sizes = write_tokens(os.path.join(DATA_DIR, name), parts, tokenizer,
+                                     not texts.single)
+    write_meta(os.path.join(DATA_DIR, name), tokenizer,
+               os.path.basename(os.path.normpath(texts.name)), found.sha256, tokens, sizes)
     units = 'byte pairs' + ' of GPT-2' * (kind == 'gpt2')
     if isinstance(tokenizer, CharTokenizer):
         shown = tokenizer.chars[:200]
@@ -78,19 +83,21 @@ def write_dataset(name, texts, kind, drop=False, vocab_size=4096, val_fraction=0
 
 def survey(texts, kind, tokenizer):
     """Return the Survey of texts. tokenizer: the one to use, or None if it is yet to be made."""
-    found, step = Survey(), max(1, texts.size // SAMPLE)
+    found = Survey()
     known = set(tokenizer.chars) if isinstance(tokenizer, CharTokenizer) else None
-    for i, (text, begins, _, _) in enumerate(texts.blocks('reading')):
+    for text, begins, _, _ in texts.blocks('reading'):
         found.characters += len(text)
         found.documents += begins
         if kind == 'char':
             found.alphabet |= set(text)
-        if kind == 'bpe' and i % step == 0 and found.sampled < SAMPLE:
+        # of a large text, a sample that is spread evenly
+        if kind == 'bpe' and found.sampled <= SAMPLE * texts.position / max(1, texts.size):
             found.pieces.update(count_pieces([text]))
             found.sampled += len(text)
         if known and (missing := set(text) - known):
             found.missing |= missing
             found.lost += sum(map(text.count, missing))
+    found.sha256 = texts.digest.hexdigest()
     return found
 
 
@@ -102,7 +109,7 @@ def report_lost(found, drop):
             + ' '.join(map(repr, missing[:50])) + more)
     if not drop:
         fail(f'{what}: leave them out with --unknown=drop')
-    print(f'note: left out, {what}')
+    print(f'note: {what}: they are left out')
 
 
 def make_tokenizer(kind, found, vocab_size):
@@ -121,28 +128,30 @@ def make_tokenizer(kind, found, vocab_size):
     return BytePairTokenizer(PATTERN, [*tokens, '<|endoftext|>'], [len(tokens)], len(tokens))
 
 
-def divide(texts, missing, cut, val_fraction, val_paths):
+def divide(texts, found, cut, val_fraction, val_paths):
     """Yield (split, text): the texts in blocks, and None at the end of each document.
 
-    split: 0 for training, 1 for validation. missing: characters to leave out. cut: the number of
-    characters for training, or None if whole documents are chosen for validation.
+    split: 0 for training, 1 for validation. found: the Survey; its missing characters are left out.
+    cut: the number of characters for training, or None to choose whole documents for validation.
     """
-    position, split, table = 0, 0, dict.fromkeys(map(ord, missing))
+    position, split, table = 0, 0, dict.fromkeys(map(ord, found.missing))
     for text, begins, ends, path in texts.blocks('tokenizing'):
-        if missing:
+        if table:
             text = text.translate(table)
         if cut is not None:
             middle = min(max(cut - position, 0), len(text))
             yield 0, text[:middle]
             yield 1, text[middle:]
             position += len(text)
-            split = int(position > cut)
+            split = int(position > cut)  # where the end of the document belongs to
         else:
             if begins:
                 split = int(path in val_paths if val_paths else is_val(text, val_fraction))
             yield split, text
         if ends:
             yield split, None
+    if texts.digest.hexdigest() != found.sha256:
+        fail(f'{texts.name} has changed while it was read: run this again')
 
 
 def is_val(text, val_fraction):
@@ -154,9 +163,13 @@ def is_val(text, val_fraction):
 def write_tokens(folder, parts, tokenizer, ends):
     """Write train.bin and val.bin; return the numbers of tokens, and of bytes of text, per split.
 
-    parts: what divide yields. ends: whether to mark the end of each document. An interruption
-    leaves an older dataset as it was.
+    parts: what divide yields. ends: whether to mark the end of each document. An older dataset
+    stays as it is until both new files are complete on the disk.
     """
+    dtype, line_break = id_dtype(tokenizer), ''
+    if ends and isinstance(tokenizer, CharTokenizer) and '\n' in tokenizer.chars:
+        line_break = '\n'
+
     def encode(batch):
         ids, sizes = [[np.empty(0, dtype)] for _ in SPLITS], [0, 0]
         for split, text in batch:
@@ -167,12 +180,11 @@ def write_tokens(folder, parts, tokenizer, ends):
             sizes[split] += len(text.encode('utf-8'))
         return [np.concatenate(arrays) for arrays in ids], sizes
 
-    dtype, line_break = id_dtype(tokenizer), ''
-    if ends and isinstance(tokenizer, CharTokenizer) and '\n' in tokenizer.chars:
-        line_break = '\n'
+    for old in glob.glob(os.path.join(glob.escape(folder), '*.bin.*.tmp')):
+        os.remove(old)  # of a process that was killed
     paths = [os.path.join(folder, f'{split}.bin') for split in SPLITS]
     tokens, sizes = [0, 0], [0, 0]
-    # threads, because tiktoken runs outside of Python's lock; more of them would wait for the text
+    # threads, because tiktoken works outside of Python's lock. More than 16 would wait for the text
     pool = ThreadPoolExecutor(min(16, os.cpu_count()))
     try:
         with pool, contextlib.ExitStack() as stack:
@@ -184,20 +196,23 @@ def write_tokens(folder, parts, tokenizer, ends):
                     sizes[i] += lengths[i]
             for split, n in zip(SPLITS, tokens):
                 if not n:
-                    fail(f'there is no text for {split}: choose another --val_fraction')
+                    fail(f'there is no text for {split}: too little, or another --val_fraction')
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
             # meta.json, or nanoGPT's meta.pkl, is there only while both other files are complete
             for meta in ('meta.json', 'meta.pkl'):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, meta))
     except OSError as e:
-        cannot_write(paths[0], e)
+        cannot_write(folder, e)
     for path, n in zip(paths, tokens):
         print(f'{path}: {n:,} tokens')
     return dict(zip(SPLITS, tokens)), dict(zip(SPLITS, sizes))
 
 
 def batches(parts):
-    """Yield lists of parts with about a million characters each."""
+    """Yield lists of parts with at least BLOCK characters each."""
     batch, size = [], 0
     for split, text in parts:
         batch.append((split, text))
@@ -209,7 +224,7 @@ def batches(parts):
 
 
 def map_ahead(pool, function, items, n):
-    """Yield function(item) for each item in order. At most n of them are computed ahead."""
+    """Yield function(item) for each item in order. At most n + 1 items are in work."""
     futures = deque()
     for item in items:
         futures.append(pool.submit(function, item))

@@ -150,7 +150,7 @@ def alternative(path):
     folder, name = os.path.split(path)
     previous = os.path.join(folder, 'ckpt_prev.pt')
     if name == 'model.pth' and os.path.exists(os.path.join(folder, 'ckpt.pt')):
-        return 'use --weights=last'
+        return f'use --weights=last, or {os.path.join(folder, "ckpt.pt")}'
     if name == 'ckpt.pt' and os.path.exists(previous):
         try:
             step = read_checkpoint(previous)['iter_num']

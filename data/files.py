@@ -161,7 +161,7 @@ def progress(done, total, seconds, in_bytes):
     rate = f', {done / 1e6 / seconds:,.1f} MB/s'
     if not total:
         return f'{done / 1e6:,.0f} MB{rate}'
-    left = f'{seconds / done * (total - done):.0f} s left'
+    left = f'{seconds / max(1, done) * (total - done):.0f} s left'
     if in_bytes:
         return f'{done / 1e6:,.0f} of {total / 1e6:,.0f} MB{rate}, {left}'
     return f'{done} of {total}, {left}'

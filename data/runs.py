@@ -20,7 +20,7 @@ RUNS_LOG = os.path.join(HERE, 'checkpoints.log')  # one out_dir a line, the late
 
 LEGEND = """legend of the log lines:
   step     updates done                        loss         mean over the batch, nats per token
-  dt       seconds per update (mean)           dtf, dtb     forward and backward time
+  dt       seconds per update (mean)           dtf, dtb     forward, backward (last update)
   sps      sequences per second                tps          tokens per second
   sps_per_gpu, tps_per_gpu: the same per process
   mfu      percent of the peak FLOP/s          lr           learning rate of AdamW

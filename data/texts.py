@@ -4,7 +4,8 @@ Texts of any size, read as a stream: files, folders, patterns, .gz, .jsonl, and 
     texts = Texts('books/*.txt')
     for text, begins, ends, path in texts.blocks('reading'): ...
 
-Each file is a document. In a .jsonl file, each line is a document: its field `text`.
+A plain file is one document, or several with a separator between them. In a .jsonl file, each line
+is a document: its field `text`.
 """
 import codecs
 import glob
@@ -22,18 +23,19 @@ from configurator import fail, first_line
 from data.downloads import DATA_DIR
 from data.files import cannot_write, show_progress
 
-BLOCK = 1 << 20  # characters or bytes
-LONGEST = 16 * BLOCK  # characters, where there is no place for a cut
-# a cut between two blocks: between a single line break and a letter or digit, or in a line before a
-# single space. No tokenizer puts the two sides of such a cut into one token
+BLOCK = 1 << 18  # characters or bytes
+LONGEST = 2 * BLOCK  # characters in a block without a good place for a cut; tiktoken fails at 1M
+# Where a text may be cut: after a single line break, before a word; or before a single space
+# between two words. The usual tokenizers begin a new token there.
 CUTS = [re.compile(r'(?<=\S\n)(?=\w)'), re.compile(r'(?<=\w)(?= \w)')]
 
 
 class Texts:
     """The documents in the files that `sources` name.
 
-    separator: the string between two documents of a file, or ''. single: whether all files together
-    are one document. size: bytes of the files. digest: a hash of the bytes that blocks has read.
+    separator: the string between two documents of a file, or ''. single: whether the input is one
+    plain file, and so one document. size: bytes of the files. position: bytes of them that are
+    read. digest: a hash of the text's bytes that are read.
     """
 
     def __init__(self, *sources, separator=''):
@@ -47,7 +49,7 @@ class Texts:
                         for path in self.paths)
 
     def blocks(self, work):
-        """Yield (text, begins, ends, path): about a million characters, or the rest of a document.
+        """Yield (text, begins, ends, path): a part of a document, some 260,000 characters or fewer.
 
         begins, ends: whether this is the first or the last block of its document. work: what this
         is for, shown on a terminal.
@@ -60,7 +62,8 @@ class Texts:
             for document in self.documents(path):
                 begins = True
                 for text, ends in cut(document):
-                    yield text, begins, ends, path
+                    if text or not (begins and ends):  # not an empty document
+                        yield text, begins, ends, path
                     begins = False
 
     def documents(self, path):
@@ -102,11 +105,14 @@ def find_files(source):
         return [source]
     folder = os.path.join(glob.escape(source), '**', '*')  # hidden files are left out
     pattern = folder if os.path.isdir(source) else source
-    found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    if not found:
+    paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if not paths:
         fail(f'{source}: there is no file' if glob.has_magic(pattern) else
              f'{source}: No such file or directory')
-    return found
+    unique = {}  # links may lead to a file twice
+    for path in paths:
+        unique.setdefault(os.path.realpath(path), path)
+    return list(unique.values())
 
 
 def is_jsonl(path):
@@ -122,7 +128,7 @@ def copied(path):
         file.writelines(show_progress(chunks, 'reading', None, file.tell))
         return file
     except OSError as e:
-        cannot_write(os.path.join(DATA_DIR, 'x'), e, name=f'a copy of {path} to {DATA_DIR}')
+        cannot_write(DATA_DIR, e, name=f'a copy of {path} to {DATA_DIR}')
 
 
 def split(parts, separator):
@@ -135,15 +141,16 @@ def split(parts, separator):
 
 
 def decode(chunks, path):
-    """Yield the text of bytes in UTF-8, without a byte order mark and with plain line breaks."""
+    """Yield the text of bytes in UTF-8, without a byte order mark; \\r\\n becomes \\n."""
     decoder, held, done, first = codecs.getincrementaldecoder('utf-8')(), '', 0, True
     for chunk in itertools.chain(chunks, [b'']):
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as e:
+            # e.object is what was left of the chunks before, and this chunk
             byte = done + len(chunk) - len(e.object) + e.start
-            fail(f'{path}: not UTF-8 at byte {byte}: convert it first, for example with iconv '
-                 '-t UTF-8')
+            fail(f'{path}: not UTF-8 at byte {byte}: if it is text in another encoding, convert '
+                 'it, for example with iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW')
         if first and text:
             text, first = text.removeprefix('\ufeff'), False
         done += len(chunk)
@@ -157,16 +164,15 @@ def field_text(line, where):
     try:
         text = json.loads(line)['text']
         text.encode('utf-8')  # fails for half of a surrogate pair
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        fail(f'{where} is not a JSON object with a text in the field "text": {first_line(e)}')
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        fail(f'{where}: this is not a JSON object whose field "text" is a text')
     return text.replace('\r\n', '\n')
 
 
 def cut(parts, size=BLOCK):
     """Yield (block, last): the concatenated strings in blocks of `size` characters or more.
 
-    The blocks have the same tokens as the whole, unless there is no place to cut for 16 million
-    characters.
+    The blocks have the same tokens as the whole, but for a long text without a place for a cut.
     """
     block = ''
     for part in parts:
@@ -178,7 +184,7 @@ def cut(parts, size=BLOCK):
 
 
 def find_cut(text, size):
-    """Return the first place from `size` on at which text can be cut, or 0 to read on."""
+    """Return the first place from `size` on at which to cut text, or 0 if more text is needed."""
     for pattern in CUTS:
         if found := pattern.search(text, size):
             return found.start()

@@ -95,6 +95,8 @@ def test_the_files_of_a_folder_or_a_pattern_are_found(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('x')
 
+    (tmp_path / 'sub' / 'loop').symlink_to(tmp_path)  # no file is read twice
+
     def names(source):
         return [os.path.relpath(path, tmp_path) for path in find_files(str(source))]
     assert names(tmp_path) == ['a.txt', 'b.txt', 'odd[1].txt', 'sub/c.txt', 'sub/d.md']
@@ -137,6 +139,7 @@ def test_a_text_is_the_same_in_chunks_of_any_size(tmp_path, monkeypatch, step):
 
 def test_a_long_line_without_a_space_is_cut_somewhere(tmp_path, monkeypatch):
     monkeypatch.setattr('data.texts.LONGEST', 160)
+    monkeypatch.setattr('data.texts.cut.__defaults__', (10,))
     (tmp_path / 'x.txt').write_text('x' * 1000)
     blocks = list(Texts(str(tmp_path / 'x.txt')).blocks('reading'))
     assert len(blocks) == 7 and ''.join(block[0] for block in blocks) == 'x' * 1000
@@ -152,19 +155,22 @@ def test_what_cannot_be_read_is_one_line_and_leaves_nothing(tmp_path, capsys):
     (tmp_path / 'plain.gz').write_bytes(b'not packed')
     (tmp_path / 'late.txt').write_bytes(b'a\n' * (1 << 20) + b'caf\xe9')
     good = b'{"text": "good"}\n'
-    lines = {'list.jsonl': b'["text"]', 'other.jsonl': b'{"content": "x"}', 'number.jsonl':
-             b'{"text": 3}', 'broken.jsonl': b'{"text": "x', 'half.jsonl': b'{"text": "\\ud800"}'}
+    lines = {'deep.jsonl': b'[' * 200_000, 'list.jsonl': b'["text"]', 'other.jsonl':
+             b'{"content": "x"}', 'number.jsonl': b'{"text": 3}',
+             'broken.jsonl': b'{"text": "x', 'half.jsonl': b'{"text": "\\ud800"}'}
     for name, line in lines.items():
         (tmp_path / name).write_bytes(good + line)
     for name, words in [('empty', 'there is no file'), ('none*', 'there is no file'),
                         ('cut.gz', 'cut.gz: '), ('plain.gz', 'plain.gz: Not a gzipped file'),
                         ('late.txt', f'not UTF-8 at byte {2 * (1 << 20) + 3}'),
-                        *((name, f'{name}: line 2 is not a JSON object') for name in lines)]:
+                        *((name, f'{name}: line 2: this is not a JSON object') for name in lines)]:
         assert words in refused(capsys, tmp_path / name, 'bad')
     for flag, words in (('--vocab_size=256', 'at least 257'), ('--vocab_size=2000000', 'at most'),
+                        ('--vocab_size=300', 'is for --tokenizer=bpe'),
                         ('--val_fraction=0', 'above 0 and below 1'),
                         ('--val_fraction=1', 'above 0 and below 1')):
-        assert words in refused(capsys, tmp_path / 'late.txt', 'bad', flag)
+        more = ['--tokenizer=bpe'] if '=256' in flag or '=2000000' in flag else []
+        assert words in refused(capsys, tmp_path / 'late.txt', 'bad', flag, *more)
     assert snapshot(datasets.DATA_DIR) == before
 
 
@@ -213,6 +219,36 @@ def test_of_many_documents_a_hash_chooses_those_for_validation(tmp_path, monkeyp
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     assert sorted(texts_of(train, tokenizer)[:-1] + texts_of(val, tokenizer)[:-1]) \
         == sorted(documents)
+
+
+def test_a_very_long_space_is_tokenized(tmp_path):
+    text = 'word' + ' ' * 1_200_000 + '\n' * 1_200_000 + 'word'  # tiktoken fails at a million
+    (tmp_path / 'x.txt').write_text(text)
+    meta, train, val = prepare(tmp_path / 'x.txt', 'space', '--tokenizer=bpe', '--vocab_size=270')
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert tokenizer.decode(train) + tokenizer.decode(val) == text
+
+
+def test_a_text_that_changes_meanwhile_is_refused(tmp_path, capsys, monkeypatch):
+    (tmp_path / 'x.txt').write_text('some text\n' * 100)
+    make = build.make_tokenizer
+
+    def grow(*arguments):
+        with open(tmp_path / 'x.txt', 'a', encoding='utf-8') as f:
+            f.write('中')
+        return make(*arguments)
+    monkeypatch.setattr(build, 'make_tokenizer', grow)
+    assert 'has changed while it was read' in refused(capsys, tmp_path / 'x.txt', 'grows')
+    assert os.listdir(os.path.join(datasets.DATA_DIR, 'grows')) == []
+
+
+def test_files_of_a_killed_process_are_removed(tmp_path):
+    folder = os.path.join(datasets.DATA_DIR, 'killed')
+    os.makedirs(folder)
+    open(os.path.join(folder, 'train.bin.123.tmp'), 'w').close()
+    (tmp_path / 'x.txt').write_text('some text\n' * 100)
+    prepare(tmp_path / 'x.txt', 'killed')
+    assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
 
 
 def test_a_split_without_text_is_refused(tmp_path, capsys):

@@ -6,11 +6,13 @@ Your own text: makes the dataset data/NAME from UTF-8 files.
     python data/text/prepare.py --input=letters.txt --name=letters --tokenizer=out-diary
     python data/text/prepare.py --input="books/*.txt" --name=books --tokenizer=bpe
 
-The input is a file, a folder, a pattern in quotes, or - for standard input. Files may end in .gz. A
-line of a .jsonl file is a document, which its field "text" holds; any other file is one document.
-An end-of-text token follows each document, or a line break if a token is a character.
+The input is a file, a folder, a pattern in quotes, or - for a plain text from standard input. Files
+may end in .gz. Each line of a .jsonl file is one document: the text in its field "text". Every
+other file is one document. If there are several, an end-of-text token follows each document; with
+--tokenizer=char, a line break does.
 
-The end of the text is for validation. If there are 100 documents or more, whole documents are.
+The last tenth of the text is for validation. If there are 100 documents or more, about one document
+in ten is.
 """
 import os
 import re
@@ -33,8 +35,9 @@ input = ''  # UTF-8 text: a file, folder, or pattern, also of .gz and .jsonl fil
 name = ''  # name of the dataset
 tokenizer = 'char'  # char: one token per character | bpe: made for this text | gpt2 | a run
 vocab_size = 4096  # number of tokens, for --tokenizer=bpe
-val_fraction = 0.1  # fraction of the text for validation
+val_fraction = 0.1  # for validation: this fraction of the text, or of 100 documents or more
 unknown = ''  # drop: leave out characters that the given tokenizer lacks
+_given = set()  # the keys that the user gave, filled by configure
 
 
 def main():
@@ -49,7 +52,9 @@ def main():
     if tokenizer not in ('char', 'bpe', *GPT2_NAMES) and not os.path.exists(tokenizer):
         problems.append(f'--tokenizer={tokenizer}: tokenizer is one of char, bpe, gpt2, or the '
                         "path of a run's folder, a checkpoint, or a tokenizer.json")
-    if not 257 <= vocab_size <= 1_000_000:
+    if 'vocab_size' in _given and tokenizer != 'bpe':
+        problems.append('--vocab_size is for --tokenizer=bpe')
+    elif not 257 <= vocab_size <= 1_000_000:
         problems.append(f'--vocab_size={vocab_size}: vocab_size is at least 257 (the bytes, and '
                         'end-of-text) and at most 1,000,000')
     if not 0 < val_fraction < 1:
@@ -64,7 +69,7 @@ def main():
             kind = read_tokenizer(tokenizer)
     write_dataset(name, Texts(input), kind, unknown == 'drop', vocab_size, val_fraction)
     start = '' if torch.cuda.is_available() else 'config/train_shakespeare_char_cpu.py '
-    if is_run(tokenizer):
+    if isinstance(kind, dict) and is_run(tokenizer):
         start = f'--init_from={tokenizer} '
     print(f'now train on it: python train.py {start}--dataset={name} --out_dir=out-{name}')
 

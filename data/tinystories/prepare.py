@@ -1,6 +1,6 @@
 """
-TinyStories (https://arxiv.org/abs/2305.07759), in byte pairs made for it: simple stories, from
-which even a small model learns to write. Downloads 2.2 GB, or a part of it.
+TinyStories (https://arxiv.org/abs/2305.07759), with a vocabulary of byte pairs trained on it. Even
+a small model learns to write from these simple stories. Downloads 2.2 GB, or a part of it.
 
     python data/tinystories/prepare.py --mb=200
 
@@ -19,7 +19,7 @@ from data.texts import Texts
 mb = 0  # megabytes of stories to train on; 0: all of them
 vocab_size = 4096  # number of tokens
 
-SIZE = 2_230_000_000  # bytes of all stories, about
+SIZES = 2_230_000_000, 23_000_000  # bytes of the stories for training and validation, about
 SEPARATOR = '<|endoftext|>'  # between two stories
 
 
@@ -28,7 +28,11 @@ def main():
         fail(f'--mb={mb} --vocab_size={vocab_size}: mb is at least 0, vocab_size is at least 257 '
              'and at most 65,536')
     end = mb * 1_000_000
-    need_space(os.path.dirname(__file__), 1.7 * (end or SIZE), 'the stories and their tokens take')
+    folder = os.path.join(DATA_DIR, 'tinystories')
+    have = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)
+               if name.startswith('TinyStories'))
+    size = (end or SIZES[0]) + SIZES[1]
+    need_space(folder, max(0, size - have) + 0.6 * size, 'the stories and their tokens take')
     train = download_stories('train', end)
     val = download_stories('valid')
     texts = Texts(train, val, separator=SEPARATOR)
@@ -53,14 +57,15 @@ def download_stories(kind, end=0):
 
 def end_with_a_story(path):
     """Remove what follows the last separator in a file: the beginning of a story."""
-    with open(path, 'r+b') as f:
-        begin = max(0, os.path.getsize(path) - 1_000_000)
-        f.seek(begin)
-        last = f.read().rfind(SEPARATOR.encode())
-        f.truncate(begin + last + len(SEPARATOR) if last >= 0 else 0)
-    if last < 0:
+    size = os.path.getsize(path)
+    with open(path, 'rb') as f:
+        begin = f.seek(max(0, size - 1_000_000))
+        before, found, rest = f.read().rpartition(SEPARATOR.encode())
+    if not found:
         os.remove(path)
         fail(f'{path}: there was no {SEPARATOR} near its end, so it is removed: run this again')
+    if rest.strip():
+        os.truncate(path, begin + len(before) + len(found))
 
 
 if __name__ == '__main__':
