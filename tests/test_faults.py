@@ -994,7 +994,7 @@ def test_values_of_another_type_in_a_checkpoint_are_refused_by_sample(
         sample.main()
     err = capsys.readouterr().err
     assert words in err and err.startswith(f'error: cannot use {out}/model.pth: ')
-    assert err.endswith('use --weights=last\n') and err.count('\n') == 1
+    assert err.endswith(f'use --weights=last, or {out}/ckpt.pt\n') and err.count('\n') == 1
 
 
 def test_a_checkpoint_of_nanogpt_loads_for_resume_and_sampling(train_run, tmp_path, capsys):

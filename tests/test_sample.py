@@ -4,11 +4,12 @@ import pty
 import re
 import subprocess
 import sys
+import textwrap
 import types
 
 import pytest
 import torch
-from conftest import metrics, script
+from conftest import ROOT, metrics, script
 from torch import nn
 
 import sample
@@ -168,6 +169,14 @@ def test_a_model_is_loaded_from_python(trained, tmp_path):
     configure(vars(sample), [])
     exported, same = sample.load(str(tmp_path / 'hf'))
     assert torch.equal(exported(idx)[0], logits) and same.to_dict() == tokenizer.to_dict()
+
+
+def test_the_lines_of_python_in_the_readme_run(trained, capsys):
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        lines = f.read().split('From Python:\n\n')[1].split('\n\n')[0]
+    assert lines.count('\n') <= 5
+    exec(textwrap.dedent(lines).replace("'out-shakespeare-char'", repr(str(trained))), {})
+    assert len(capsys.readouterr().out) == 101
 
 
 def test_each_line_is_continued_until_the_input_ends(trained, project):

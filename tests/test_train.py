@@ -629,6 +629,14 @@ def test_the_seconds_of_updates_exclude_evaluation_sampling_and_saving(
     assert evals[-1]['train_seconds'] < 1.5
 
 
+def test_a_run_that_is_behind_its_checkpoint_evaluates_and_ends(project, train_run, tmp_path):
+    checkpoint = train_run('--max_iters=4')
+    torch.save(checkpoint | {'evaluated': False}, tmp_path / 'out' / 'ckpt.pt')
+    out, _ = script(project, 'train.py', f'--out_dir={tmp_path / "out"}', '--init_from=resume',
+                    '--max_iters=2')
+    assert out.count('step=4 train_loss=') == 1 and 'step=5' not in out
+
+
 def test_bits_per_byte_count_the_bytes_of_the_text(train_run, project, capsys):
     folder = project / 'data' / 'twice'
     shutil.copytree(project / 'data' / 'topics', folder)
