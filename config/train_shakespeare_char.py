@@ -1,4 +1,4 @@
-# The main job: a character GPT of 10.65M parameters with modern parts, in minutes on two CPU cores
+# The main job: a character GPT of 10.67M parameters with modern parts, in minutes on two CPU cores
 #     python train.py config/train_shakespeare_char.py --max_iters=500
 out_dir = 'out-shakespeare-char'
 eval_interval = 250
