@@ -236,9 +236,9 @@ def check_values(config, space):
 
 def print_help(spaces):
     """Print the settings of scripts, given as their globals(), as they stand in the source."""
-    script = spaces[-1]['__file__']
-    print(f'{spaces[-1]["__doc__"]}\nusage: python {os.path.relpath(script, HERE)} '
-          '[config.py ...] [--key=value ...]')
+    name = os.path.relpath(spaces[-1]['__file__'], HERE)
+    configs = '' if name.startswith('data') else '[config.py ...] '
+    print(f'{spaces[-1]["__doc__"]}\nusage: python {name} {configs}[--key=value ...]')
     for space in spaces:
         lines = pathlib.Path(space['__file__']).read_text(encoding='utf-8').splitlines()
         for heading, line in zip([''] + lines, lines):

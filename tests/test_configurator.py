@@ -485,6 +485,10 @@ def test_scripts_in_data_take_no_config_file(project, tmp_path):
     assert err.splitlines() == [f"error: '{word}' is not --key=value" for word in
                                 ('--input', 'mycode.py', '--name', 'c')]
     assert os.listdir(tmp_path) == ['mycode.py']
+    out, _ = script(project, 'data/text/prepare.py', '--help')
+    assert 'usage: python data/text/prepare.py [--key=value ...]\n' in out
+    out, _ = script(project, 'train.py', '--help')
+    assert 'usage: python train.py [config.py ...] [--key=value ...]\n' in out
 
 
 def test_a_config_file_that_assigns_no_setting_is_an_error(namespace, capsys, tmp_path):

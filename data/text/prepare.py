@@ -35,7 +35,7 @@ input = ''  # UTF-8 text: a file, folder, or pattern, also of .gz and .jsonl fil
 name = ''  # name of the dataset
 tokenizer = 'char'  # char: one token per character | bpe: made for this text | gpt2 | a run
 vocab_size = 4096  # number of tokens, for --tokenizer=bpe
-val_fraction = 0.1  # for validation: this fraction of the text, or of 100 documents or more
+val_fraction = 0.1  # fraction for validation: of the text, or of its documents if 100 or more
 unknown = ''  # drop: leave out characters that the given tokenizer lacks
 _given = set()  # the keys that the user gave, filled by configure
 
