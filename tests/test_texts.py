@@ -222,7 +222,7 @@ def test_of_many_documents_a_hash_chooses_those_for_validation(tmp_path, monkeyp
 
 
 def test_a_very_long_space_is_tokenized(tmp_path):
-    text = 'word' + ' ' * 1_200_000 + '\n' * 1_200_000 + 'word'  # tiktoken fails at a million
+    text = 'word' + ' ' * 1_200_000 + 'word'  # tiktoken fails at a million
     (tmp_path / 'x.txt').write_text(text)
     meta, train, val = prepare(tmp_path / 'x.txt', 'space', '--tokenizer=bpe', '--vocab_size=270')
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
@@ -315,11 +315,13 @@ def test_a_small_text_has_fewer_tokens_than_asked_for(tmp_path, capsys):
 
 def test_a_tokenizer_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, 'SAMPLE', 20_000)
+    monkeypatch.setattr('data.texts.BLOCK', 1000)
     monkeypatch.setattr('data.texts.cut.__defaults__', (1000,))
-    (tmp_path / 'x.txt').write_text(made_up_text(100_000), encoding='utf-8')
-    prepare(tmp_path / 'x.txt', 'sampled', '--tokenizer=bpe', '--vocab_size=300')
+    (tmp_path / 'x.txt').write_text('begin ' * 8000 + 'end ' * 12_000)
+    meta, *_ = prepare(tmp_path / 'x.txt', 'sampled', '--tokenizer=bpe', '--vocab_size=300')
     sampled = capsys.readouterr().out.split('training 300 tokens on ')[1].split()[0]
     assert 18_000 < int(sampled.replace(',', '')) < 24_000
+    assert {'Ġbegin', 'Ġend'} < set(meta['tokenizer']['tokens'])  # it is spread over the text
 
 
 def test_many_characters_are_a_note_and_more_than_65536_take_four_bytes(tmp_path, capsys, process):
