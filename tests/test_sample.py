@@ -2,6 +2,7 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -193,6 +194,7 @@ def test_each_line_is_continued_until_the_input_ends(trained, project):
 def test_ctrl_c_ends_one_continuation_only(trained, project):
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # xdist's processes ignore it
         os.execv(sys.executable, [
             sys.executable, str(project / 'sample.py'), f'--out_dir={trained}',
             '--interactive=True', '--max_new_tokens=100000', '--device=cpu', '--temperature=0'])
