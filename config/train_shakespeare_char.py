@@ -1,12 +1,12 @@
 # The main job: a character GPT of 10.67M parameters with modern parts, in minutes on two CPU cores
 #     python train.py config/train_shakespeare_char.py
-# 2-core AMD EPYC (Zen 4): val loss 1.417 on the whole validation split after 583 s of training (mean
-# of three seeds: 1.4211, 1.4142, 1.4161). Longer runs are not measured yet; dropout may pay there.
+# 2-core AMD EPYC (Zen 4): val loss 1.417 on the whole validation split after 583 s of training
+# (mean of three seeds: 1.4211, 1.4142, 1.4161). Longer runs are not measured yet.
 out_dir = 'out-shakespeare-char'
 eval_interval = 250
 eval_iters = 28  # 28 x 16 windows of 256 tokens: the whole validation split
 
-# 6 layers of 384 channels, as in nanoGPT; 3 heads of 128 channels compute fewer attention weights
+# 6 layers of 384 channels, as in nanoGPT; 3 heads of 128 channels have fewer attention weights
 n_head = 3
 batch_size = 16
 activation = 'relu2'
