@@ -99,13 +99,14 @@ def load(source, device='cpu'):
 
 def read_weights(source):
     """Return the model, the tokenizer, and words that describe them."""
-    path = checkpoint_path(source) or source
-    if not path.endswith(('.pth', '.pt')):
+    path = checkpoint_path(source)
+    if not path and not source.endswith(('.pth', '.pt')):
         with one_line_errors(f'--init_from={source}: '):
             model = load_gpt2(gpt2_folder(source))
             saved = pretrained_tokenizer(source, model.config.vocab_size)
         words = f'weights of {source}, {model.num_params(False):,} parameters'
         return model, tokenizer_from_dict(saved), words
+    path = path or source
     checkpoint = load_checkpoint(path)
     loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
     words = f'{"last" if "optimizer" in checkpoint else "best"} weights: {path}, '

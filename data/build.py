@@ -7,7 +7,6 @@ How a dataset is made of texts. They are read twice, as a stream, and never held
 """
 import contextlib
 import glob
-import hashlib
 import os
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 
 from configurator import fail, one_line_errors
 from data.bpe import PATTERN, count_pieces, train_bpe
-from data.datasets import SPLITS, id_dtype, write_meta
+from data.datasets import SPLITS, id_dtype, is_val, write_meta
 from data.downloads import DATA_DIR
 from data.files import cannot_write, replace_file
 from data.huggingface import to_letters
@@ -146,18 +145,13 @@ def divide(texts, found, cut, val_fraction, val_paths):
             split = int(position > cut)  # where the end of the document belongs to
         else:
             if begins:
-                split = int(path in val_paths if val_paths else is_val(text, val_fraction))
+                raw = text.encode('utf-8')  # of its first block
+                split = int(path in val_paths if val_paths else is_val(raw, val_fraction))
             yield split, text
         if ends:
             yield split, None
     if texts.digest.hexdigest() != found.sha256:
         fail(f'{texts.name} has changed while it was read: run this again')
-
-
-def is_val(text, val_fraction):
-    """Return whether the document that begins with this text is for validation."""
-    digest = hashlib.sha256(text.encode('utf-8')).digest()
-    return int.from_bytes(digest[:8], 'big') < val_fraction * 2**64
 
 
 def write_tokens(folder, parts, tokenizer, ends):

@@ -39,6 +39,15 @@ def id_dtype(tokenizer):
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
 
 
+def is_val(document, val_fraction):
+    """Return whether a document, given as the bytes of its text, is for validation.
+
+    Its hash decides, so the answer does not depend on the other documents.
+    """
+    digest = hashlib.sha256(document).digest()
+    return int.from_bytes(digest[:8], 'big') < val_fraction * 2**64
+
+
 def text_size(path, tokenizer, dtype='uint16'):
     """Return the number of bytes of the text in a .bin file. End-of-text tokens have no text.
 

@@ -67,7 +67,7 @@ def keep_memory():
     try:
         libc, pointer = ctypes.CDLL('libc.so.6'), ctypes.c_void_p
         libc.malloc.restype = pointer
-        size = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
+        size = total_memory(torch.device('cpu')) // 2
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     except (OSError, AttributeError, ValueError):  # macOS, Windows, musl
@@ -88,6 +88,7 @@ def worth_compiling(kind, micro_batches):
         and torch.cuda.get_device_capability() >= (7, 0) \
         and any(map(shutil.which, ('cc', 'gcc', 'clang'))) \
         and os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h'))
+
 
 def total_memory(device):
     """Return the bytes of memory of the device."""

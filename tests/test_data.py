@@ -836,14 +836,15 @@ def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(project, hub, b
 
 
 def test_validation_documents_are_chosen_by_hash():
-    n = sum(openwebtext.is_val(str(i).encode()) for i in range(100_000))
+    fraction = openwebtext.VAL_FRACTION
+    n = sum(openwebtext.is_val(str(i).encode(), fraction) for i in range(100_000))
     assert 20 < n < 90  # 50 are expected
 
 
 def test_tokenizing_keeps_documents_apart_and_counts_bytes(bpe, monkeypatch):
     archive = tar_xz([('a.txt', b'train me'), ('b.txt', 'validate ü'.encode()),
                       ('c.pdf', b'no text')])
-    monkeypatch.setattr(openwebtext, 'is_val', lambda text: text.startswith(b'validate'))
+    monkeypatch.setattr(openwebtext, 'is_val', lambda text, _: text.startswith(b'validate'))
     openwebtext.start_worker()
     (train, train_bytes), (val, val_bytes) = openwebtext.tokenize(archive)
     decode = openwebtext.tokenizer.decode

@@ -2,6 +2,7 @@
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,8 @@ def test_a_model_is_loaded_from_python(trained, tmp_path):
     assert greedy == expected and len(tokenizer.decode(greedy)) == 5
     last, _ = sample.load(str(trained / 'ckpt.pt'))
     assert last.config == model.config
+    shutil.copy(trained / 'model.pth', tmp_path / 'weights')  # a file of any name
+    assert sample.load(str(tmp_path / 'weights'))[0].config == model.config
     configure(vars(sample), [f'--out_dir={trained}', f'--export={tmp_path / "hf"}'])
     sample.main()
     configure(vars(sample), [])

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import configure, fail, run_main
-from data.datasets import SPLITS, write_meta
+from data.datasets import SPLITS, is_val, write_meta
 from data.downloads import DATA_DIR, DownloadError, download_resumable, hub_address
 from data.files import cannot_write, need_space, write_atomic
 from data.tokenizers import GPT2Tokenizer
@@ -158,18 +158,10 @@ def tokenize(archive):
             if not member.isfile() or not member.name.endswith('.txt'):
                 continue
             text = documents.extractfile(member).read()
-            i = int(is_val(text))
+            i = int(is_val(text, VAL_FRACTION))
             ids[i] += [tokenizer.encode(text.decode('utf-8', errors='replace')), [tokenizer.eot]]
             sizes[i] += len(text)
     return [(np.concatenate(ids[i]).astype(np.uint16), sizes[i]) for i in (0, 1)]
-
-
-def is_val(text):
-    """Return whether a document is for validation.
-
-    The hash of the text decides, so the answer does not depend on the number of subsets.
-    """
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], 'big') < VAL_FRACTION * 2**64
 
 
 if __name__ == '__main__':
