@@ -31,10 +31,13 @@ class GPTConfig:
     activation: str = 'gelu'  # see ACTIVATIONS
     norm: str = 'layernorm'  # see NORMS
     rotary: bool = False  # rotary instead of learned positions (https://arxiv.org/abs/2104.09864)
+    half_rotary: bool = False  # rotate half of the channels of a head, with base 1024
     qk_norm: bool = False  # normalize queries and keys (https://arxiv.org/abs/2302.05442)
+    attn_scale: float = 0.0  # scale of the products of queries and keys; 0: 1 / sqrt(head_dim)
+    embed_norm: bool = False  # normalize the embeddings
     token_shift: bool = False  # mix in the previous position (https://arxiv.org/abs/2305.13048)
     tie_weights: bool = True  # lm_head shares the matrix of wte
-    zero_init: bool = False  # c_proj starts at zero, so every block starts as the identity
+    zero_init: bool = False  # c_proj and an untied lm_head start at zero
     softcap: float = 0.0  # c * tanh(logits / c), 0 disables it (https://arxiv.org/abs/2408.00118)
 
     def __post_init__(self):
@@ -50,12 +53,16 @@ class GPTConfig:
             f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}': rest == 0,
             f'n_embd/n_head={head_dim} is odd: rotary turns pairs of channels':
                 not self.rotary or rest or head_dim % 2 == 0,
+            f'n_embd/n_head={head_dim}: half_rotary needs rotary and a multiple of 4':
+                not self.half_rotary or rest or self.rotary and head_dim % 4 == 0,
             'n_embd=1: token_shift moves half of the channels':
                 not self.token_shift or self.n_embd > 1,
             f'dropout={self.dropout}: dropout is at least 0 and below 1': 0 <= self.dropout < 1,
             f'activation={self.activation}: activation is one of {", ".join(ACTIVATIONS)}':
                 self.activation in ACTIVATIONS,
             f'norm={self.norm}: norm is one of {", ".join(NORMS)}': self.norm in NORMS,
+            f'attn_scale={self.attn_scale}: attn_scale is at least 0':
+                0 <= self.attn_scale < math.inf,
             f'softcap={self.softcap}: softcap is at least 0': 0 <= self.softcap < math.inf}
         problems += [problem for problem, holds in rules.items() if not holds]
         if problems:
@@ -150,15 +157,15 @@ def rotate(x, cos, sin):
     """Rotate the channel pairs (i, i + D/2) of x (B, H, T, D) by angles given as (T, D) tables."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, -1), sin.to(x.dtype))
 
-def attention_by_products(q, k, v):
+def attention_by_products(q, k, v, scale):
     """Causal attention of q, k, v (B, H, T, D) that keeps its weights (B, H, T, T) for backward.
 
     In bfloat16 on a CPU this takes half as long as F.scaled_dot_product_attention. Skipping the
     masked half in chunks did not pay.
     """
-    T, D = q.shape[-2:]
+    T = q.size(-2)
     mask = q.new_full((T, T), -torch.inf).triu_(1)
-    q, k, v = (t.contiguous() for t in (q * D**-0.5, k, v))
+    q, k, v = (t.contiguous() for t in (q * scale, k, v))
     return (q @ k.mT).add_(mask).softmax(dim=-1) @ v
 
 class CausalSelfAttention(nn.Module):
@@ -168,6 +175,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.qk_norm = config.qk_norm
+        self.scale = config.attn_scale or (config.n_embd // config.n_head)**-0.5
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = Dropout(config.dropout)
@@ -190,10 +198,10 @@ class CausalSelfAttention(nn.Module):
         by_products = q.device.type == 'cpu' and q.dtype == torch.bfloat16
         # for long sequences the attention weights would take too much memory
         if by_products and torch.is_grad_enabled() and cache is None and T <= 1024:
-            y = attention_by_products(q, k, v)
+            y = attention_by_products(q, k, v, self.scale)
         else:
             # a single query sees all cached keys; is_causal would let it see the first one only
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -246,6 +254,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rotary else {'wpe': nn.Embedding(config.block_size, config.n_embd)}),
+            **({'ln_e': NORMS[config.norm](config)} if config.embed_norm else {}),
             drop=Dropout(config.dropout),
             h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config),
@@ -256,15 +265,19 @@ class GPT(nn.Module):
         if config.rotary:
             half = config.n_embd // config.n_head // 2
             frequencies = 10000 ** (-torch.arange(half) / half)
+            if config.half_rotary:
+                frequencies = 1024 ** -torch.linspace(0, 1, half // 2)
+                frequencies = torch.cat([frequencies, torch.zeros(half // 2)])
             angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)
             cos, sin = angles.cos(), angles.sin()
             self.register_buffer('cos', torch.cat([cos, cos], dim=1), persistent=False)
             self.register_buffer('sin', torch.cat([-sin, sin], dim=1), persistent=False)
         for name, p in self.named_parameters():
-            if name.endswith('c_proj.weight'):
+            if config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+                nn.init.zeros_(p)
+            elif name.endswith('c_proj.weight'):
                 # 2 * n_layer terms are added to the residual stream: keep the variance of their sum
-                std = 0.02 / math.sqrt(2 * config.n_layer)
-                nn.init.normal_(p, std=0.0 if config.zero_init else std)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith('bias'):
@@ -303,6 +316,8 @@ class GPT(nn.Module):
             rotation = self.cos[past:past + T], self.sin[past:past + T]
         else:
             x = x + self.transformer.wpe.weight[past:past + T]
+        if self.config.embed_norm:
+            x = self.transformer.ln_e(x)
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream: half the bytes in every pass

@@ -62,14 +62,19 @@ bias = False  # biases in Linear and LayerNorm, as in GPT-2
 activation = 'gelu'  # in the MLP
 norm = 'layernorm'  # normalization layer
 rotary = False  # rotary instead of learned positions
+half_rotary = False  # rotate only half of the channels, with base 1024
 qk_norm = False  # normalize queries and keys
+attn_scale = 0.0  # scale of attention scores; 0: 1 / sqrt(head_dim)
+embed_norm = False  # normalize the embeddings
 token_shift = False  # half of the channels come from the previous position
 tie_weights = True  # the output matrix is the token embedding
-zero_init = False  # initialize every block as the identity
+zero_init = False  # c_proj and an untied output matrix start at zero
 softcap = 0.0  # smooth bound of the logits; 0 disables it
 # optimizer
 optimizer = 'adamw'  # muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # peak learning rate of AdamW
+embed_lr = 0.0  # its peak for the embeddings; 0: learning_rate
+head_lr = 0.0  # its peak for an untied output matrix; 0: learning_rate
 muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # momentum of Muon
 max_iters = 5000  # number of updates
@@ -84,7 +89,7 @@ lr_schedule = 'cosine'  # shape of the decay
 warmup_iters = 100  # updates of linear warmup
 lr_decay_iters = 0  # update at which the decay ends; 0 means max_iters
 decay_frac = 0.4  # fraction of the run that decays, for lr_schedule=linear
-min_lr = 1e-4  # final learning rate of AdamW; Muon's falls in proportion
+min_lr = 1e-4  # final learning_rate; the other rates fall in proportion
 # machine
 seed = 1337  # of weights, batches, dropout and samples
 deterministic = False  # the same bits in every run, also on a GPU (slower)
@@ -111,13 +116,13 @@ CHOICES = {'activation': ACTIVATIONS, 'norm': NORMS, 'optimizer': ('adamw', 'muo
            'dtype': configurator.DTYPES, 'backend': ('auto', 'nccl', 'gloo')}
 LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s',
           (0, 1e9): 'eval_iters sample_tokens max_iters train_iters warmup_iters min_lr '
-                    'lr_decay_iters grad_clip weight_decay skip_batches peak_tflops',
+                    'lr_decay_iters grad_clip weight_decay skip_batches peak_tflops '
+                    'embed_lr head_lr',
           (1e-99, math.inf): 'learning_rate muon_lr', (0, 2**63 - 1): 'seed',
           (0, 0.999999): 'beta1 beta2 muon_momentum input_noise', (0, 1): 'decay_frac'}
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
 _defaults, _given = {}, set()  # filled by configure: the defaults; the keys that the user set
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
-LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
 
 # -----------------------------------------------------------------------------
 # training
@@ -251,11 +256,7 @@ def main(argv=None):
             dt = seconds / (progress.iter_num - last_log.iter_num)
             last_log = replace(progress)
             row |= speeds(dt, learner, peak) | {'eta': (last_iter - progress.iter_num) * dt}
-            words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED
-                     if process.world_size > 1 or not k.endswith('per_gpu')]
-            eta = int(row['eta'])
-            words.append(f'eta={eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}')
-            process.print(f'step={progress.iter_num} {" ".join(words)}')
+            process.print(runs.log_line(progress.iter_num, row, process.world_size))
             if metrics:
                 metrics.write(step=progress.iter_num, **row)
 
@@ -308,6 +309,8 @@ def check_settings():
         model_shape(vocab_size=1)
     except ValueError as e:
         problems += str(e).split('; ')
+    if head_lr and tie_weights:
+        problems.append(f'head_lr={head_lr} needs --tie_weights=False')
     if decay_lr and 0 < lr_decay_iters < warmup_iters:
         problems.append(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}')
     if decay_lr and min_lr > learning_rate and 'min_lr' in _given:
@@ -388,15 +391,17 @@ def make_learner(model, process):
 
 def make_optimizers(model, process):
     """Return the optimizers of all parameters. Only matrices decay."""
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and optimizer == 'muon']
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    decay, no_decay = [p for p in rest if p.dim() == 2], [p for p in rest if p.dim() < 2]
-    for name, params in (('decayed', decay + matrices), ('not decayed', no_decay)):
-        count = sum(p.numel() for p in params)
-        process.print(f'{len(params)} {name} tensors, {count:,} parameters')
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0)]
+    groups = {'embeddings': [], 'matrices': [], 'head': [], 'vectors': []}
+    for name, p in model.named_parameters():
+        kind = 'head' if 'lm_head' in name else 'matrices' if '.h.' in name else 'embeddings'
+        groups[kind if p.dim() == 2 else 'vectors'].append(p)
+    matrices = groups.pop('matrices') if optimizer == 'muon' else []
+    rates = {'embeddings': embed_lr, 'head': head_lr}
+    groups = [dict(params=params, peak_lr=rates.get(kind) or learning_rate,
+                   weight_decay=weight_decay * (kind != 'vectors'))
+              for kind, params in groups.items() if params]
     # fused: one pass over the parameters instead of a dozen
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True)]
     if matrices:
         # never float16: small entries underflow
         dtype = torch.bfloat16 if process.dtype == torch.bfloat16 else torch.float32
@@ -413,9 +418,9 @@ def resume(learner, checkpoint):
     changed = [f', {k}={v} (was {before[k]})' for k, v in settings().items()
                if k not in NOT_RESUMED and before.get(k, v) != v]
     learner.process.print(f'resumed {path} at step {progress.iter_num}{"".join(changed)}')
-    new, old = learning_rate * lr_factor(progress.iter_num), checkpoints.last_lr(checkpoint)
-    if new > 1.5 * old and progress.iter_num >= warmup_iters:
-        learner.process.print(f'note: the learning rate rises from {old:.6g} to {new:.6g}')
+    if progress.iter_num >= warmup_iters:
+        rate = learning_rate * lr_factor(progress.iter_num)
+        checkpoints.note_higher_rate(checkpoint, rate, learner.process)
     return progress
 
 def compile_forward(learner):
@@ -503,7 +508,7 @@ def update(learner, batches, factor, signals=(), timed=True):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for opt in learner.optimizers:
         for group in opt.param_groups:
-            group['lr'] = opt.defaults['lr'] * factor
+            group['lr'] = group.get('peak_lr', opt.defaults['lr']) * factor
         if not bad:
             scaler.step(opt)
         if learner.sums is None:

@@ -6,7 +6,6 @@ A checkpoint is a dict of plain values and tensors:
     in model.pth     val_loss
     in ckpt.pt       optimizer, scaler, best_val_loss, train_seconds, data, position
 """
-import math
 import os
 import zipfile
 
@@ -160,10 +159,12 @@ def alternative(path):
     return 'train first, or give another --out_dir'
 
 
-def last_lr(checkpoint):
-    """Return the learning rate of AdamW in the last update before the checkpoint, or inf."""
-    groups = [group for saved in checkpoint['optimizer'][:1] for group in saved['param_groups']]
-    return float(groups[0]['lr']) if groups and checkpoint['iter_num'] else math.inf
+def note_higher_rate(checkpoint, rate, process):
+    """Say so if the learning rate is well above that of the last update before the checkpoint."""
+    if checkpoint['optimizer'] and checkpoint['iter_num']:
+        last = float(checkpoint['optimizer'][0]['param_groups'][-1]['lr'])
+        if rate > 1.5 * last:
+            process.print(f'note: the learning rate rises from {last:.6g} to {rate:.6g}')
 
 
 def load_optimizers(path, checkpoint, optimizers, scaler):
@@ -195,8 +196,9 @@ def load_optimizer(optimizer, saved):
             state[i] |= {name: distribute_tensor(t.to(p.device), p.device_mesh, p.placements,
                                                  src_data_rank=None)
                          for name, t in state[i].items() if name != 'step'}
-    groups = [own | {'lr': float(old['lr'])} for own, old in
-              zip(optimizer.state_dict()['param_groups'], saved['param_groups'])]
+    # the number of groups may differ, the order of the parameters does not
+    lr = float(saved['param_groups'][-1]['lr'])
+    groups = [own | {'lr': lr} for own in optimizer.state_dict()['param_groups']]
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 

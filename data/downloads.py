@@ -208,7 +208,7 @@ def append_rest(f, url, size=None, begin=0, header=0, end=0):
     Byte `begin` of f corresponds to byte `header` of the file at url. end: as in fetch.
     """
     have = f.seek(0, os.SEEK_END) - begin
-    if end and have >= end:
+    if end and header + have >= end:
         return
     if have:
         try:

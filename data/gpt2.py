@@ -206,7 +206,8 @@ def save_gpt2(model, folder, eot=None):
     """
     c = model.config
     gpt2 = {'activation': ('gelu', 'gelu_tanh'), 'norm': ('layernorm',), 'rotary': (False,),
-            'qk_norm': (False,), 'token_shift': (False,), 'softcap': (0.0,)}
+            'qk_norm': (False,), 'attn_scale': (0.0,), 'embed_norm': (False,),
+            'token_shift': (False,), 'softcap': (0.0,)}
     for key, values in gpt2.items():
         if getattr(c, key) not in values:
             raise ValueError(f'{key}={getattr(c, key)} has no counterpart in GPT-2')

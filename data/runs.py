@@ -25,6 +25,7 @@ LEGEND = """legend of the log lines:
   sps_per_gpu, tps_per_gpu: the same per process
   mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
   norm     gradient norm before clipping       eta          time left, h:mm:ss"""
+LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
 
 
 # -----------------------------------------------------------------------------
@@ -206,6 +207,15 @@ class Metrics:
             ax.figure.savefig(os.path.join(self.out_dir, 'loss.png'), dpi=100)
         except OSError as e:
             print(f'note: loss.png not written ({e.strerror})', flush=True)
+
+
+def log_line(step, row, world_size):
+    """Return the log line of an update, as LEGEND explains it; row: its numbers."""
+    words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED
+             if world_size > 1 or not k.endswith('per_gpu')]
+    eta = int(row['eta'])
+    words.append(f'eta={eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}')
+    return f'step={step} {" ".join(words)}'
 
 
 def read_metrics(out_dir):

@@ -21,7 +21,8 @@ from model import (
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, token_shift=True,
               tie_weights=False, softcap=15.0, bias=False)
-VARIANTS = [{}, dict(bias=False), dict(activation='gelu_tanh'), MODERN]
+HALF = MODERN | dict(half_rotary=True, attn_scale=0.12, embed_norm=True)
+VARIANTS = [{}, dict(bias=False), dict(activation='gelu_tanh'), MODERN, HALF]
 
 
 def make(**more):
@@ -76,11 +77,15 @@ def test_initialization_is_gpt2s():
         assert abs(p.std().item() / std - 1) < 0.05
     assert model.lm_head.weight is model.transformer.wte.weight
     assert not block.mlp.c_fc.bias.any() and (block.ln_1.weight == 1).all()
-    zero = GPT(GPTConfig(**SMALL, zero_init=True)).transformer.h[0]
-    assert not zero.attn.c_proj.weight.any() and not zero.mlp.c_proj.weight.any()
-    assert zero.mlp.c_fc.weight.any()
+    zero = GPT(GPTConfig(**SMALL, zero_init=True))
+    block = zero.transformer.h[0]
+    assert not block.attn.c_proj.weight.any() and not block.mlp.c_proj.weight.any()
+    assert block.mlp.c_fc.weight.any()
     untied = GPT(GPTConfig(**SMALL, tie_weights=False))
     assert untied.lm_head.weight is not untied.transformer.wte.weight
+    assert untied.lm_head.weight.any() and zero.transformer.wte.weight.any()
+    untied = GPT(GPTConfig(**SMALL, tie_weights=False, zero_init=True))
+    assert not untied.lm_head.weight.any() and untied.transformer.wte.weight.any()
 
 
 def test_state_dict_has_gpt2s_keys():
@@ -95,6 +100,7 @@ def test_state_dict_has_gpt2s_keys():
 @pytest.mark.parametrize('bad', [
     dict(n_embd=33), dict(dropout=1.0), dict(activation='swish'), dict(norm='batch'),
     dict(n_layer=0), dict(softcap=-1.0), dict(n_embd=6, n_head=2, rotary=True),
+    dict(half_rotary=True), dict(n_embd=36, half_rotary=True, rotary=True), dict(attn_scale=-1.0),
     dict(n_embd=1, n_head=1, token_shift=True), dict(n_head=2.0)])
 def test_senseless_shapes_are_refused(bad):
     with pytest.raises(ValueError, match=list(bad)[0]):
@@ -145,6 +151,42 @@ def test_the_modern_parts_equal_their_formulas():
     plain = make(**MODERN | dict(softcap=0.0))
     idx = torch.randint(50, (1, 16))
     assert torch.allclose(model(idx)[0], 15 * torch.tanh(plain(idx)[0] / 15), atol=1e-4)
+
+
+def test_half_rotary_turns_a_quarter_of_the_pairs_with_base_1024_and_keeps_the_rest():
+    model = make(rotary=True, half_rotary=True)  # 16 channels a head, 8 pairs
+    angles = [5 * 1024 ** (-i / 3) for i in range(4)] + [0.0] * 4
+    assert torch.allclose(model.cos[5], torch.tensor([math.cos(a) for a in angles] * 2))
+    x = torch.randn(1, 1, 16, 16)
+    turned = rotate(x, model.cos, model.sin)
+    kept = (torch.arange(16) % 8) >= 4
+    assert torch.equal(turned[..., kept], x[..., kept])
+    assert not torch.isclose(turned, x)[:, :, 5, ~kept].any()
+
+
+def test_attn_scale_replaces_one_over_the_root_of_head_dim():
+    idx = torch.randint(50, (1, 16))
+    default, same, other = (make(qk_norm=True, attn_scale=scale)(idx)[0]
+                            for scale in (0.0, 0.25, 0.12))
+    assert torch.equal(default, same) and not torch.allclose(default, other, atol=1e-3)
+    # the scale of queries does the same
+    model = make(attn_scale=0.12)
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data[:32] *= 0.25 / 0.12
+        block.attn.c_attn.bias.data[:32] *= 0.25 / 0.12
+    assert torch.allclose(model(idx)[0], make()(idx)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+def test_embed_norm_makes_the_model_independent_of_the_scale_of_its_embeddings(norm):
+    model = make(embed_norm=True, norm=norm, tie_weights=False)
+    idx = torch.randint(50, (1, 16))
+    before = model(idx)[0]
+    for embedding in (model.transformer.wte, model.transformer.wpe):
+        embedding.weight.data *= 10
+    assert torch.allclose(model(idx)[0], before, atol=1e-2)
+    model.transformer.ln_e.weight.data *= 2
+    assert not torch.allclose(model(idx)[0], before, atol=1e-2)
 
 
 def test_qk_norm_makes_attention_independent_of_the_scale_of_queries():
@@ -227,8 +269,11 @@ def test_attention_by_products_is_as_exact_as_torchs(shape):
 
     def sdpa(*qkv):
         return F.scaled_dot_product_attention(*qkv, is_causal=True)
+
+    def by_products(*qkv):
+        return attention_by_products(*qkv, scale=shape[-1]**-0.5)
     for exact, ours, torchs in zip(results(sdpa, torch.float64),
-                                   results(attention_by_products, torch.bfloat16),
+                                   results(by_products, torch.bfloat16),
                                    results(sdpa, torch.bfloat16)):
         assert (ours - exact).norm() < 2 * (torchs - exact).norm() < 0.03 * exact.norm()
 
@@ -238,7 +283,7 @@ def test_attention_keeps_its_weights_for_short_sequences_in_training_only(
         length, by_products, monkeypatch):
     model = GPT(GPTConfig(block_size=1025, vocab_size=50, n_layer=1, n_head=1, n_embd=4))
     calls = []
-    monkeypatch.setattr('model.attention_by_products', lambda q, k, v: calls.append(1) or v)
+    monkeypatch.setattr('model.attention_by_products', lambda q, k, v, scale: calls.append(1) or v)
     idx = torch.zeros(1, length, dtype=torch.int64)
     model(idx)  # in float32
     with torch.autocast('cpu', torch.bfloat16):

@@ -235,7 +235,7 @@ def test_only_matrices_decay_and_muon_gets_those_of_the_blocks(configured, proce
     adamw, = make_optimizers(model, process)
     counts = [(group['weight_decay'], len(group['params']),
                sum(p.numel() for p in group['params'])) for group in adamw.param_groups]
-    assert counts == [(0.3, 26, 10_690_944), (0.0, 13, 4_992)]
+    assert counts == [(0.3, 2, 74_112), (0.3, 24, 10_616_832), (0.0, 13, 4_992)]
     assert type(adamw) is torch.optim.AdamW and adamw.defaults['fused']
     configured('--optimizer=muon', '--muon_lr=0.07')
     adamw, muon = make_optimizers(model, process)
@@ -254,6 +254,25 @@ def test_each_learning_rate_is_its_peak_times_the_factor(small_learner, tokens, 
         assert row['lr'] == pytest.approx(0.01 * factor)
         rates = [[group['lr'] for group in opt.param_groups] for opt in learner.optimizers]
         assert rates == [[0.01 * factor] * 2, [0.07 * factor]]
+
+
+def test_embeddings_and_output_matrix_may_have_learning_rates_of_their_own(
+        small_learner, tokens, process, configured, capsys):
+    def rates(*args):
+        learner = small_learner('--learning_rate=0.01', *args)
+        update(learner, [(0, *tokens().train_batch(0, 4, process))], 0.5)
+        names = {id(p): name for name, p in learner.model.named_parameters()}
+        return {names[id(p)]: group['lr'] for opt in learner.optimizers
+                for group in opt.param_groups for p in group['params']}
+    for args in (), ('--optimizer=muon', '--muon_lr=0.01'):
+        found = rates('--tie_weights=False', '--embed_lr=0.3', '--head_lr=0.2', *args)
+        assert found.pop('transformer.wte.weight') == found.pop('transformer.wpe.weight') == 0.15
+        assert found.pop('lm_head.weight') == 0.1
+        assert set(found.values()) == {0.005} and len(found) > 10
+    assert set(rates('--tie_weights=False').values()) == {0.005}
+    with pytest.raises(SystemExit):
+        configured('--head_lr=0.2')
+    assert 'head_lr=0.2 needs --tie_weights=False' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch has it since 2.9')

@@ -1,5 +1,6 @@
 """
-FineWeb in GPT-2's tokens. Downloads shards of 100M tokens (200 MB) each.
+FineWeb in GPT-2's tokens. Downloads shards of 100M tokens (200 MB) each to train on, and the first
+10,485,761 tokens of another one to validate on: published losses are those of their 10,240 windows.
 
     python data/fineweb/prepare.py --shards=10
 
@@ -20,6 +21,7 @@ from data.tokenizers import GPT2Tokenizer
 
 shards = 1  # number of training shards, at most 103
 
+VAL_TOKENS = 20 * 524_288 + 1  # https://github.com/KellerJordan/modded-nanogpt has the same
 HEADER = 1024  # bytes; the header begins with three int32: magic number, version, number of tokens
 
 
@@ -28,7 +30,7 @@ def main():
         fail(f'--shards={shards}: shards is at least 1 and at most 103')
     folder = os.path.join(DATA_DIR, 'fineweb')
     have = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if '.bin' in f)
-    need_space(folder, max(0, (shards + 1) * 200_001_024 - have))
+    need_space(folder, max(0, shards * 200_001_024 + 2 * VAL_TOKENS - have))
     names = {'val': ['fineweb_val_000000.bin'],
              'train': [f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1)]}
     tokenizer = GPT2Tokenizer()
@@ -37,7 +39,7 @@ def main():
     for split in names:
         path = os.path.join(folder, f'{split}.bin')
         try:
-            counts = assemble(names[split], path)
+            counts = assemble(names[split], path, VAL_TOKENS if split == 'val' else 10**9)
         except DownloadError as e:
             fail(f'{e}: run this again to continue')
         except OSError as e:
@@ -49,10 +51,11 @@ def main():
     print('now train on it: python train.py config/train_gpt2.py --dataset=fineweb')
 
 
-def assemble(names, path):
-    """Download the tokens of these shards to path and return the number of tokens in each shard."""
+def assemble(names, path, limit):
+    """Download the first `limit` tokens of each shard to path; return their number by shard."""
     urls = [f'{hub_address()}/datasets/kjj0/fineweb10B-gpt2/resolve/main/{name}' for name in names]
-    counts = [shard_tokens(url) for url in urls]
+    available = [shard_tokens(url) for url in urls]
+    counts = [min(n, limit) for n in available]
     if os.path.exists(path) and os.path.getsize(path) == 2 * sum(counts):
         return counts
     part = f'{path}.part'
@@ -64,10 +67,10 @@ def assemble(names, path):
         except BlockingIOError:
             fail(f'{part}: another process is downloading it')
         begin = 0
-        for url, count in zip(urls, counts):
+        for url, n, count in zip(urls, available, counts):
             end = begin + 2 * count
             if os.path.getsize(part) < end:
-                append_rest(f, url, HEADER + 2 * count, begin, HEADER)
+                append_rest(f, url, HEADER + 2 * n, begin, HEADER, end=HEADER + 2 * count)
             begin = end
             print(f'{os.path.basename(path)}: {begin // 2:,} tokens', flush=True)
         f.truncate(begin)  # in case an earlier run had more shards
