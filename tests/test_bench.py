@@ -76,13 +76,15 @@ def test_the_plain_way_and_quill_learn_alike(project, process):
     losses = {}
     for plain in (True, False):
         torch.manual_seed(0)
-        shape = dict(block_size=32, vocab_size=128, n_layer=2, n_head=2, n_embd=64)
+        shape = dict(block_size=32, vocab_size=128, n_layer=2, n_head=2, n_embd=64,
+                     attn_scale=20.0, embed_norm=True)
         model = GPT(GPTConfig(**shape))
         own = dataclasses.replace(process, dtype=torch.float32 if plain else torch.bfloat16)
         learner = train.make_learner(model, own)
         if plain:
             bench.make_plain(model)
-            learner.optimizers[0].param_groups[0].update(fused=False, foreach=False)
+            for group in learner.optimizers[0].param_groups:
+                group.update(fused=False, foreach=False)
         losses[plain] = [train.update(learner, [batch], factor=1.0)['loss'] for batch in batches]
     assert losses[True][0] - min(losses[True]) > 1 and losses[True] != losses[False]
     assert losses[False] == pytest.approx(losses[True], rel=0.002)

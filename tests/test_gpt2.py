@@ -95,7 +95,7 @@ def test_transformers_loads_an_export_with_equal_logits_and_the_round_trip_is_ex
 
 @pytest.mark.parametrize('variant', [
     dict(activation='relu2'), dict(norm='rmsnorm'), dict(rotary=True), dict(qk_norm=True),
-    dict(token_shift=True), dict(softcap=30.0)])
+    dict(token_shift=True), dict(softcap=30.0), dict(attn_scale=0.1), dict(embed_norm=True)])
 def test_what_gpt2_lacks_is_not_exported(tmp_path, variant):
     with pytest.raises(ValueError, match=list(variant)[0]):
         save_gpt2(make(**variant), tmp_path)

@@ -175,6 +175,13 @@ def test_attn_scale_replaces_one_over_the_root_of_head_dim():
         block.attn.c_attn.weight.data[:32] *= 0.25 / 0.12
         block.attn.c_attn.bias.data[:32] *= 0.25 / 0.12
     assert torch.allclose(model(idx)[0], make()(idx)[0], atol=1e-3)
+    # attention by products, which training takes in bfloat16
+    model = make(attn_scale=2.0)
+    with torch.autocast('cpu', torch.bfloat16):
+        trained = model(idx)[0]
+        with torch.no_grad():
+            evaluated = model(idx)[0]
+    assert (trained - evaluated).norm() < 0.05 * evaluated.norm()
 
 
 @pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])

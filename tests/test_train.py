@@ -259,7 +259,7 @@ def test_each_learning_rate_is_its_peak_times_the_factor(small_learner, tokens, 
 def test_embeddings_and_output_matrix_may_have_learning_rates_of_their_own(
         small_learner, tokens, process, configured, capsys):
     def rates(*args):
-        learner = small_learner('--learning_rate=0.01', *args)
+        learner = small_learner('--learning_rate=0.01', *args, tie_weights=False)
         update(learner, [(0, *tokens().train_batch(0, 4, process))], 0.5)
         names = {id(p): name for name, p in learner.model.named_parameters()}
         return {names[id(p)]: group['lr'] for opt in learner.optimizers
@@ -271,7 +271,7 @@ def test_embeddings_and_output_matrix_may_have_learning_rates_of_their_own(
         assert set(found.values()) == {0.005} and len(found) > 10
     assert set(rates('--tie_weights=False').values()) == {0.005}
     with pytest.raises(SystemExit):
-        configured('--head_lr=0.2')
+        configure(vars(train), ['--head_lr=0.2'], check=train.check_settings)
     assert 'head_lr=0.2 needs --tie_weights=False' in capsys.readouterr().err
 
 
