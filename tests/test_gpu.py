@@ -21,7 +21,8 @@ pytestmark = [
 PLAIN = ['--dropout=0.0', '--learning_rate=1e-3', '--max_iters=20', '--eval_interval=10',
          '--compile=False']
 MODERN = ['--optimizer=muon', '--rotary=True', '--qk_norm=True', '--activation=relu2',
-          '--norm=rmsnorm', '--token_shift=True', '--tie_weights=False', '--softcap=15']
+          '--norm=rmsnorm', '--token_shift=True', '--tie_weights=False', '--softcap=15',
+          '--half_rotary=True', '--attn_scale=0.12', '--embed_norm=True', '--head_lr=4e-3']
 
 
 @pytest.fixture(autouse=True)
