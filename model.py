@@ -37,7 +37,8 @@ class GPTConfig:
     embed_norm: bool = False  # normalize the embeddings
     token_shift: bool = False  # mix in the previous position (https://arxiv.org/abs/2305.13048)
     tie_weights: bool = True  # lm_head shares the matrix of wte
-    zero_init: bool = False  # c_proj and an untied lm_head start at zero
+    zero_init: bool = False  # c_proj starts at zero, so every block starts as the identity
+    zero_head: bool = False  # an untied lm_head starts at zero
     softcap: float = 0.0  # c * tanh(logits / c), 0 disables it (https://arxiv.org/abs/2408.00118)
 
     def __post_init__(self):
@@ -55,6 +56,7 @@ class GPTConfig:
                 not self.rotary or rest or head_dim % 2 == 0,
             f'n_embd/n_head={head_dim}: half_rotary needs rotary and a multiple of 4':
                 not self.half_rotary or rest or self.rotary and head_dim % 4 == 0,
+            'zero_head needs tie_weights=False': not self.zero_head or not self.tie_weights,
             'n_embd=1: token_shift moves half of the channels':
                 not self.token_shift or self.n_embd > 1,
             f'dropout={self.dropout}: dropout is at least 0 and below 1': 0 <= self.dropout < 1,
@@ -273,13 +275,13 @@ class GPT(nn.Module):
             self.register_buffer('cos', torch.cat([cos, cos], dim=1), persistent=False)
             self.register_buffer('sin', torch.cat([-sin, sin], dim=1), persistent=False)
         for name, p in self.named_parameters():
-            if config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
-                nn.init.zeros_(p)
-            elif name.endswith('c_proj.weight'):
+            if name.endswith('c_proj.weight'):
                 # 2 * n_layer terms are added to the residual stream: keep the variance of their sum
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+                std = 0.02 / math.sqrt(2 * config.n_layer)
+                nn.init.normal_(p, std=0.0 if config.zero_init else std)
             elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+                zero = config.zero_head and name == 'lm_head.weight'
+                nn.init.normal_(p, std=0.0 if zero else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 

@@ -68,7 +68,8 @@ attn_scale = 0.0  # scale of attention scores; 0: 1 / sqrt(head_dim)
 embed_norm = False  # normalize the embeddings
 token_shift = False  # half of the channels come from the previous position
 tie_weights = True  # the output matrix is the token embedding
-zero_init = False  # c_proj and an untied output matrix start at zero
+zero_init = False  # initialize every block as the identity
+zero_head = False  # an untied output matrix starts at zero
 softcap = 0.0  # smooth bound of the logits; 0 disables it
 # optimizer
 optimizer = 'adamw'  # muon: Muon for the matrices of the blocks, AdamW for the rest

@@ -23,7 +23,7 @@ n_embd = 768
 bias = True
 activation = 'relu2'
 norm = 'rmsnorm'
-rotary = half_rotary = qk_norm = embed_norm = zero_init = True
+rotary = half_rotary = qk_norm = embed_norm = zero_init = zero_head = True
 tie_weights = False
 attn_scale = 0.12
 softcap = 15.0

@@ -84,7 +84,8 @@ def test_initialization_is_gpt2s():
     untied = GPT(GPTConfig(**SMALL, tie_weights=False))
     assert untied.lm_head.weight is not untied.transformer.wte.weight
     assert untied.lm_head.weight.any() and zero.transformer.wte.weight.any()
-    untied = GPT(GPTConfig(**SMALL, tie_weights=False, zero_init=True))
+    untied = GPT(GPTConfig(**SMALL, tie_weights=False, zero_head=True))
+    assert untied.transformer.h[0].mlp.c_proj.weight.any()
     assert not untied.lm_head.weight.any() and untied.transformer.wte.weight.any()
 
 
@@ -101,6 +102,7 @@ def test_state_dict_has_gpt2s_keys():
     dict(n_embd=33), dict(dropout=1.0), dict(activation='swish'), dict(norm='batch'),
     dict(n_layer=0), dict(softcap=-1.0), dict(n_embd=6, n_head=2, rotary=True),
     dict(half_rotary=True), dict(n_embd=36, half_rotary=True, rotary=True), dict(attn_scale=-1.0),
+    dict(zero_head=True),
     dict(n_embd=1, n_head=1, token_shift=True), dict(n_head=2.0)])
 def test_senseless_shapes_are_refused(bad):
     with pytest.raises(ValueError, match=list(bad)[0]):
