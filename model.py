@@ -466,7 +466,7 @@ class Muon(torch.optim.Optimizer):
         share = slice(self.process.rank * count, (self.process.rank + 1) * count)
         y = torch.zeros_like(x)
         if len(x[share]):
-            y[share] = orthogonalize(x[share].to(self.dtype)).float()
+            y[share] = orthogonalize(x[share].to(self.dtype))
         y = self.process.all_reduce(y)
         if is_sharded(like):
             y = distribute_tensor(y, mesh, placements, src_data_rank=None).to_local()
