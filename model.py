@@ -267,7 +267,7 @@ class GPT(nn.Module):
         if config.rotary:
             half = config.n_embd // config.n_head // 2
             frequencies = 10000 ** (-torch.arange(half) / half)
-            if config.half_rotary:
+            if config.half_rotary:  # half of the pairs stay (github.com/KellerJordan/modded-nanogpt)
                 frequencies = 1024 ** -torch.linspace(0, 1, half // 2)
                 frequencies = torch.cat([frequencies, torch.zeros(half // 2)])
             angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)

@@ -74,8 +74,8 @@ softcap = 0.0  # smooth bound of the logits; 0 disables it
 # optimizer
 optimizer = 'adamw'  # muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # peak learning rate of AdamW
-embed_lr = 0.0  # its peak for the embeddings; 0: learning_rate
-head_lr = 0.0  # its peak for an untied output matrix; 0: learning_rate
+embed_lr = 0.0  # peak learning rate of the embeddings; 0: learning_rate
+head_lr = 0.0  # peak learning rate of an untied output matrix; 0: learning_rate
 muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # momentum of Muon
 max_iters = 5000  # number of updates
@@ -399,7 +399,7 @@ def make_optimizers(model, process):
     matrices = groups.pop('matrices') if optimizer == 'muon' else []
     rates = {'embeddings': embed_lr, 'head': head_lr}
     groups = [dict(params=params, peak_lr=rates.get(kind) or learning_rate,
-                   weight_decay=weight_decay * (kind != 'vectors'))
+                   weight_decay=0 if kind == 'vectors' else weight_decay)
               for kind, params in groups.items() if params]
     # fused: one pass over the parameters instead of a dozen
     optimizers = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), fused=True)]

@@ -1,6 +1,6 @@
 """
 FineWeb in GPT-2's tokens. Downloads shards of 100M tokens (200 MB) each to train on, and the first
-10,485,761 tokens of another one to validate on: published losses are those of their 10,240 windows.
+10,485,761 tokens of another one to validate on, as modded-nanogpt does.
 
     python data/fineweb/prepare.py --shards=10
 
@@ -21,7 +21,7 @@ from data.tokenizers import GPT2Tokenizer
 
 shards = 1  # number of training shards, at most 103
 
-VAL_TOKENS = 20 * 524_288 + 1  # https://github.com/KellerJordan/modded-nanogpt has the same
+VAL_TOKENS = 20 * 524_288 + 1  # 10,240 windows of 1,024 tokens, and the last target
 HEADER = 1024  # bytes; the header begins with three int32: magic number, version, number of tokens
 
 
