@@ -31,7 +31,7 @@ class GPTConfig:
     activation: str = 'gelu'  # see ACTIVATIONS
     norm: str = 'layernorm'  # see NORMS
     rotary: bool = False  # rotary instead of learned positions (https://arxiv.org/abs/2104.09864)
-    half_rotary: bool = False  # rotate half of the channels of a head, with base 1024
+    half_rotary: bool = False  # only half of the channels, base 1024 (modded-nanogpt's)
     qk_norm: bool = False  # normalize queries and keys (https://arxiv.org/abs/2302.05442)
     attn_scale: float = 0.0  # scale of the products of queries and keys; 0: 1 / sqrt(head_dim)
     embed_norm: bool = False  # normalize the embeddings
@@ -267,7 +267,7 @@ class GPT(nn.Module):
         if config.rotary:
             half = config.n_embd // config.n_head // 2
             frequencies = 10000 ** (-torch.arange(half) / half)
-            if config.half_rotary:  # half of the pairs stay (github.com/KellerJordan/modded-nanogpt)
+            if config.half_rotary:  # the second half of the pairs is not turned
                 frequencies = 1024 ** -torch.linspace(0, 1, half // 2)
                 frequencies = torch.cat([frequencies, torch.zeros(half // 2)])
             angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)
