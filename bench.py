@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import configurator
 import train
-from configurator import configure, run_main, setup
+from configurator import run_main, setup
 from data import devices, linears
 from data.datasets import open_dataset
 from model import GPT, CausalSelfAttention, Dropout, draw
@@ -226,5 +226,4 @@ def compare_with_baseline(argv):
     print(json.dumps(table))
 
 if __name__ == '__main__':
-    configure(globals(), base=vars(train), check=check_settings)
-    run_main(main)
+    run_main(main, globals(), base=vars(train), check=check_settings)

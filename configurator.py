@@ -1,10 +1,9 @@
 """
 From the command line to a ready process: what all scripts share.
 
-    configure(globals())     override a script's settings with config files and --key=value
-    process = setup(...)     choose the device, the precision and the process group
-    fail(...)                end this process with a line `error: ...`
-    run_main(main)           call main() and report common failures in one line
+    run_main(main, globals())  read the settings, call main(), report common failures in one line
+    process = setup(...)       choose the device, the precision and the process group
+    fail(...)                  end this process with a line `error: ...`
 """
 import ast
 import atexit
@@ -73,11 +72,13 @@ def one_line_errors(prefix='', kinds=(ValueError, OSError, KeyError, TypeError, 
         unclear = isinstance(e, (KeyError, TypeError, AttributeError))
         fail(prefix + (repr(e) if unclear else first_line(e)))
 
-def run_main(main):
-    """Call main() and exit; Ctrl-C, out of memory and lost processes end in one line."""
+def run_main(main, namespace=None, **more):
+    """configure(namespace, **more) if given, call main() and exit; failures end in one line."""
     code = 0
     try:
         try:
+            if namespace:
+                configure(namespace, **more)
             main()
             sys.stdout.flush()
         except KeyboardInterrupt:
@@ -405,7 +406,6 @@ def pick_dtype(kind):
     if kind == 'cuda':  # Volta and Turing only emulate bfloat16, slowly
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     return 'bfloat16' if kind == 'cpu' and cpu_multiplies_bfloat16() else 'float32'
-
 
 def fresh_store(rank, world_size, timeout):
     """Return an empty store for init_process_group.

@@ -14,7 +14,7 @@ import time
 import torch
 
 import configurator
-from configurator import configure, fail, one_line_errors, pick_device, run_main, setup
+from configurator import fail, one_line_errors, pick_device, run_main, setup
 from data.checkpoints import load_checkpoint, load_model
 from data.files import cannot_write
 from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
@@ -197,5 +197,4 @@ class Text:
         return new
 
 if __name__ == '__main__':
-    configure(globals())
-    run_main(main)
+    run_main(main, globals())

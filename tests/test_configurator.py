@@ -417,6 +417,15 @@ def test_a_reader_that_leaves_is_no_error(project, count):
     assert process.stderr.read() == '' and process.wait(60) == 0
 
 
+@pytest.mark.parametrize('name', ['train.py', 'sample.py', 'bench.py', 'data/text/prepare.py'])
+def test_help_to_a_reader_that_leaves_is_no_error(project, name):
+    process = subprocess.Popen([sys.executable, name, '--help'], cwd=project, text=True,
+                               env=os.environ | {'PYTHONUNBUFFERED': '1'},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == '' and process.wait(60) == 0
+
+
 def test_ctrl_c_ends_a_process_in_one_line(project):
     process = run_python(project, 'os.kill(os.getpid(), signal.SIGINT)')
     assert process.communicate(timeout=60) == ('', 'error: interrupted\n')

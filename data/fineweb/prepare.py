@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import configure, fail, run_main
+from configurator import fail, run_main
 from data.datasets import text_size, write_meta
 from data.downloads import DATA_DIR, DownloadError, append_rest, fetch, hub_address
 from data.files import cannot_write, lock, need_space, take_name
@@ -95,5 +95,4 @@ def shard_tokens(url):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_main(main)
+    run_main(main, globals())

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import DTYPES, configure, fail, one_line_errors, run_main, setup
+from configurator import DTYPES, fail, one_line_errors, run_main, setup
 from data.downloads import DATA_DIR, DownloadError, download_resumable
 from data.gpt2 import GPT2_NAMES, gpt2_folder, load_gpt2
 from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
@@ -104,5 +104,4 @@ def score_endings(model, tokenizer, context, endings, process):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_main(main)
+    run_main(main, globals())

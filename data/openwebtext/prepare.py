@@ -18,7 +18,7 @@ import tarfile
 import numpy as np
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import configure, fail, run_main
+from configurator import fail, run_main
 from data.datasets import SPLITS, is_val, write_meta
 from data.downloads import DATA_DIR, DownloadError, download_resumable, hub_address
 from data.files import cannot_write, need_space, write_atomic
@@ -165,5 +165,4 @@ def tokenize(archive):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_main(main)
+    run_main(main, globals())

@@ -8,7 +8,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import configure, fail, run_main
+from configurator import fail, run_main
 from data.build import write_dataset
 from data.downloads import DATA_DIR, DownloadError, download, fetch, pip_download
 
@@ -73,5 +73,4 @@ def text_names(names):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_main(main)
+    run_main(main, globals())

@@ -7,7 +7,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import configure, run_main
+from configurator import run_main
 from data.build import write_dataset
 from data.shakespeare.prepare import shakespeare
 
@@ -19,5 +19,4 @@ def main():
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_main(main)
+    run_main(main, globals())

@@ -21,7 +21,7 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import configure, fail, one_line_errors, run_main
+from configurator import fail, one_line_errors, run_main
 from data.build import write_dataset
 from data.checkpoints import read_checkpoint
 from data.downloads import DATA_DIR
@@ -90,5 +90,4 @@ def read_tokenizer(path):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_main(main)
+    run_main(main, globals())

@@ -10,7 +10,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import configure, fail, run_main
+from configurator import fail, run_main
 from data.build import write_dataset
 from data.downloads import DATA_DIR, DownloadError, download_resumable, hub_address
 from data.files import need_space
@@ -69,5 +69,4 @@ def end_with_a_story(path):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_main(main)
+    run_main(main, globals())
