@@ -311,6 +311,17 @@ def test_orthogonalize_equals_the_polynomial_of_the_singular_values():
     assert torch.allclose(orthogonalize(x.mT).double(), expected.mT, atol=1e-4)
 
 
+def test_orthogonalize_is_accurate_in_bfloat16():
+    # the singular values of gradients differ by orders of magnitude
+    generator = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(256, 256, generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(1024, 256, generator=generator))
+    x = (u * torch.logspace(0, -3, 256) @ v.T)[None]
+    exact, y = orthogonalize(x), orthogonalize(x.bfloat16()).float()
+    assert torch.linalg.svdvals(y).max() < 1.25
+    assert torch.cosine_similarity(exact.flatten(), y.flatten(), dim=0) > 0.998
+
+
 def test_sample_imports_nothing_that_only_torch_compile_needs(project, train_run, tmp_path):
     train_run('--optimizer=muon', '--rotary=True', '--max_iters=2')
     # Python prints a line on stderr for each imported module
