@@ -491,14 +491,17 @@ def orthogonalize(x):
     wide = x if x.size(-2) <= x.size(-1) else x.mT
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
     eye = 3.4445 * torch.eye(wide.size(-2), dtype=x.dtype, device=x.device)
+
+    def polynomial(gram):
+        return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + eye
     # multiply the polynomials first: they are smaller than x, so all steps take a third less time.
-    # But not all five, because rounding errors of g x g grow from step to step
+    # But not all five, because rounding errors of `gram` grow from step to step
     for steps in (3, 2):
         gram = wide @ wide.mT
-        for step in range(steps):
-            if step:
-                gram = factor @ gram @ factor
-            factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + eye
-            product = factor @ product if step else factor
+        product = factor = polynomial(gram)
+        for _ in range(steps - 1):
+            gram = factor @ gram @ factor
+            factor = polynomial(gram)
+            product = factor @ product
         wide = product @ wide
     return wide if x.size(-2) <= x.size(-1) else wide.mT
