@@ -73,7 +73,7 @@ def one_line_errors(prefix='', kinds=(ValueError, OSError, KeyError, TypeError, 
         fail(prefix + (repr(e) if unclear else first_line(e)))
 
 def run_main(main, namespace=None, **more):
-    """configure(namespace, **more) if given, call main() and exit; failures end in one line."""
+    """Call configure(namespace, **more), if given, and main(); exit, on failures with one line."""
     code = 0
     try:
         try:

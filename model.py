@@ -486,16 +486,17 @@ def orthogonalize(x):
     """Return x (matrices, rows, columns) with all singular values near 1 (about 0.7 to 1.2).
 
     Five steps of Newton-Schulz iteration, with the coefficients of Muon's author. A step multiplies
-    x by the polynomial 3.4445 I - 4.7750 g + 2.0315 g g of g = x x^T.
+    x by a polynomial of its Gram matrix x x^T.
     """
     wide = x if x.size(-2) <= x.size(-1) else x.mT
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
-    eye = 3.4445 * torch.eye(wide.size(-2), dtype=x.dtype, device=x.device)
+    identity = torch.eye(wide.size(-2), dtype=x.dtype, device=x.device)
 
     def polynomial(gram):
-        return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + eye
-    # multiply the polynomials first: they are smaller than x, so all steps take a third less time.
-    # But not all five, because rounding errors of `gram` grow from step to step
+        return 3.4445 * identity + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+
+    # The polynomials of several steps are smaller than x, so multiply them first: a third less time.
+    # Not those of all five, because the rounding errors of `gram` grow from step to step.
     for steps in (3, 2):
         gram = wide @ wide.mT
         product = factor = polynomial(gram)
