@@ -424,6 +424,9 @@ def shard(model, process):
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalized updates (https://kellerjordan.github.io/posts/muon/).
 
+    Then every row of an update is scaled to the length lr, so that all outputs of a layer learn at
+    the same speed (Muon+, https://arxiv.org/abs/2602.21545).
+
     torch.optim.Muon always multiplies in bfloat16, which many CPUs emulate slowly, and wants whole
     matrices on every process. This one multiplies in `dtype`, orthogonalizes all matrices of one
     shape together, and divides this work over the processes.
@@ -441,16 +444,15 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault(p.shape, []).append(p)
             if not self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        for (rows, columns), params in by_shape.items():
+        for params in by_shape.values():
             means = [local(self.state[p]['momentum_buffer']) for p in params]
             grads = [local(p.grad) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group['momentum'])
             steps = torch.stack(torch._foreach_lerp(grads, means, group['momentum']))  # Nesterov
-            steps = self.orthogonalize_together(steps, params[0])
+            steps = F.normalize(self.orthogonalize_together(steps, params[0]), dim=-1)
             params = [local(p) for p in params]
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-            scale = max(1, rows / columns)**0.5
-            torch._foreach_add_(params, steps.unbind(), alpha=-group['lr'] * scale)
+            torch._foreach_add_(params, steps.unbind(), alpha=-group['lr'])
 
     def orthogonalize_together(self, x, like):
         """Return x (matrices, rows, columns) orthogonalized; each process does a share of them.

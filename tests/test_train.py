@@ -276,28 +276,48 @@ def test_embeddings_and_output_matrix_may_have_learning_rates_of_their_own(
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch has it since 2.9')
-def test_muon_equals_torchs(process):
+def test_muon_equals_torchs_with_rows_of_one_length(process):
     shapes = [(96, 32), (32, 32), (128, 32), (32, 128), (96, 32), (32, 32)]
     torch.manual_seed(0)
     start = [torch.randn(s) for s in shapes]
-    results = []
-    ours = functools.partial(quill_model.Muon, process=process)
-    for make in (torch.optim.Muon, functools.partial(ours, dtype=torch.bfloat16),
-                 functools.partial(ours, dtype=torch.float32)):
+    grads = [[torch.randn(s) for s in shapes] for _ in range(4)]
+    grads[3][1][5] = 0  # this row's update stays what its momentum says
+    lr, weight_decay = 0.02, 0.3
+
+    expected = [t.clone() for t in start]
+    updates = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    theirs = torch.optim.Muon(updates, lr=1, momentum=0.9, weight_decay=0)
+    for step in grads:
+        for p, grad in zip(updates, step):
+            p.data.zero_()
+            p.grad = grad
+        theirs.step()  # from zero, so that p becomes the update
+        for t, p in zip(expected, updates):
+            rows = p.detach() / p.detach().norm(dim=1, keepdim=True)
+            t.mul_(1 - lr * weight_decay).add_(rows, alpha=lr)
+
+    for dtype in (torch.bfloat16, torch.float32):
         params = [torch.nn.Parameter(t.clone()) for t in start]
-        muon = make(params, lr=0.02, momentum=0.9, weight_decay=0.3)
-        for i in range(4):
-            for j, p in enumerate(params):
-                generator = torch.Generator().manual_seed(10 * i + j)
-                p.grad = torch.randn(p.shape, generator=generator)
-            muon.step()
-        results.append(([p.detach() for p in params], muon.state_dict()['state']))
-    (theirs, their_state), *others = results
-    for ours, our_state in others:
-        assert same_tensors(their_state, our_state)
-        for a, b, c in zip(theirs, ours, start):
-            assert (a - b).abs().max() < 0.002
-            assert (a - c).abs().max() > 0.02
+        ours = quill_model.Muon(params, lr, 0.9, weight_decay, dtype, process)
+        for step in grads:
+            for p, grad in zip(params, step):
+                p.grad = grad
+            ours.step()
+        assert same_tensors(theirs.state_dict()['state'], ours.state_dict()['state'])
+        for p, t, before in zip(params, expected, start):
+            assert (p - t).abs().max() < 0.002
+            assert (t - before).abs().max() > 0.02
+
+
+def test_muon_leaves_a_row_that_never_had_a_gradient(process):
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    muon = quill_model.Muon([p], 0.02, 0.9, 0.0, torch.float32, process)
+    p.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    p.grad[2] = 0
+    muon.step()
+    assert torch.equal(p[2], torch.ones(8))
+    lengths = (p - 1).norm(dim=1)
+    assert lengths[[0, 1, 3]].tolist() == pytest.approx([0.02] * 3, rel=1e-4)
 
 
 def test_orthogonalize_equals_the_polynomial_of_the_singular_values():
