@@ -2,9 +2,8 @@
 #     python data/fineweb/prepare.py --shards=18
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2_fineweb.py
 # Not measured here, because no GPU was available. What differs from the original: Muon takes 5
-# steps instead of 12 and gives all rows of an update one length, softcap is a tanh, queries and
-# keys have LayerNorm instead of RMSNorm, and the output matrix has no bias and decays as much as
-# the matrices of the blocks.
+# steps, not 12, and gives all rows one length; softcap is a tanh; queries and keys have LayerNorm,
+# not RMSNorm; the output matrix has no bias and decays as much as the matrices of the blocks.
 # By an estimate, a compiled update takes 22 GB of a GPU, an eager one more than twice as much.
 out_dir = 'out-gpt2-fineweb'
 dataset = 'fineweb'
