@@ -1,13 +1,12 @@
 # The main job: a character GPT of 10.67M parameters with modern parts, in minutes on two CPU cores
 #     python train.py config/train_shakespeare_char.py
-# 2-core AMD EPYC (Zen 4): val loss 1.417 on the whole validation split after 583 s of training
-# (mean of three seeds: 1.4211, 1.4142, 1.4161). An update takes 1.17 s there, 0.5 s on the Zen 5.
+# 2-core AMD EPYC (Zen 5): val loss 1.409 on the whole validation split after 269 s of training
+# (mean of three seeds: 1.4162, 1.4119, 1.3998; the last two used one core). On the Zen 4, with a
+# Muon that was slower to learn: 1.417 (1.4211, 1.4142, 1.4161) after 583 s.
 # A longer run needs dropout and more weight decay:
 #   python train.py config/train_shakespeare_char.py --max_iters=2400 --dropout=.1 --weight_decay=.2
-# ends at 1.3582 (weight decay 0.1, with AMX: 1.3815). In ten minutes on the Zen 5,
-# --max_iters=1130 --dropout=0.05 --weight_decay=0.2 reaches 1.3862; other weight decays reach
-# 1.3953 (0.1) and 1.3870 (0.3). All these runs have one seed and used one core. On both cores of
-# the Zen 5 an update with dropout takes 0.51 s (bench.py).
+# ended at 1.3582 with the former Muon, and in ten minutes on the Zen 5,
+# --max_iters=1130 --dropout=0.05 --weight_decay=0.2 ended at 1.3862 (one seed each).
 out_dir = 'out-shakespeare-char'
 eval_interval = 250
 eval_iters = 28  # 28 x 16 windows of 256 tokens: the whole validation split
