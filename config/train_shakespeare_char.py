@@ -1,8 +1,8 @@
 # The main job: a character GPT of 10.67M parameters with modern parts, in minutes on two CPU cores
 #     python train.py config/train_shakespeare_char.py
 # 2-core AMD EPYC (Zen 5): val loss 1.409 on the whole validation split after 269 s of training
-# (mean of three seeds: 1.4162, 1.4119, 1.3998; the last two used one core). On the Zen 4, with a
-# Muon that was slower to learn: 1.417 (1.4211, 1.4142, 1.4161) after 583 s.
+# (mean of three seeds: 1.4162, 1.4119, 1.3998; the last two used one core). On the Zen 4, with the
+# former Muon, whose rows differ in length: 1.417 (1.4211, 1.4142, 1.4161) after 583 s.
 # A longer run needs dropout and more weight decay:
 #   python train.py config/train_shakespeare_char.py --max_iters=2400 --dropout=.1 --weight_decay=.2
 # ended at 1.3582 with the former Muon, and in ten minutes on the Zen 5,
