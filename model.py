@@ -497,8 +497,8 @@ def orthogonalize(x):
     def polynomial(gram):
         return 3.4445 * identity + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
 
-    # The polynomials of several steps are small matrices. Multiplying them before x saves a third of
-    # the time. Not those of all five: the rounding errors of `gram` grow from step to step.
+    # The polynomials of several steps are small matrices: to multiply them before x saves a third
+    # of the time. Not those of all five: the rounding errors of `gram` grow from step to step.
     for steps in (3, 2):
         gram = wide @ wide.mT
         product = factor = polynomial(gram)
