@@ -24,10 +24,10 @@ import torch
 from torch.nn import functional as F
 
 import configurator
+import sample
 import train
 from configurator import run_main, setup
-from data import devices, linears
-from data.datasets import open_dataset
+from data.dataset import open_dataset
 from model import GPT, CausalSelfAttention, Dropout, draw
 
 # -----------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def time_updates(learner, data):
     timed = [step(10**6 + i, timed=True) for i in range(min(3, bench_steps))]
     for key, x in ('dt', seconds), ('dtf', [t[1] for t in timed]), ('dtb', [t[2] for t in timed]):
         result |= {key: statistics.median(x), f'{key}_min': min(x), f'{key}_max': max(x)}
-    peak = train.peak_tflops * 1e12 or devices.peak_flops(process)
+    peak = train.peak_tflops * 1e12 or configurator.peak_flops(process)
     if profile:
         with torch.profiler.profile() as profiler:
             for it in range(3):
@@ -157,9 +157,9 @@ def time_samples(model, num_samples, n, process, quantize=''):
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=process.device)
     if not baseline and train.parallel != 'fsdp':
         model = copy.deepcopy(model)  # the next call stores the weights in another way
-        name = linears.pick_dtype(process.device.type, train.dtype, quantize, num_samples)
+        name = sample.pick_dtype(process.device.type, train.dtype, quantize, num_samples)
         dtype = process.dtype if name == 'auto' else getattr(torch, name)
-        linears.place_for_generation(model, process.device, dtype, quantize, num_samples)
+        sample.place_for_generation(model, process.device, dtype, quantize, num_samples)
     model.eval()
     seconds = []
     for _ in range(2 if baseline else 4):

@@ -7,10 +7,12 @@ Train a GPT, in one process or in many.
 
 Config files and --key=value override the settings below. Sample from the result with sample.py.
 """
+import contextlib
 import gc
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -19,14 +21,13 @@ from torch import nn
 
 import configurator
 from configurator import Process, configure, fail, one_line_errors, run_main, setup, torchrun
-from data import checkpoints, devices, runs
-from data.datasets import open_dataset
-from data.prompts import continue_text, pick_prompt
-from data.signals import catch_signals, guarded
-from data.tokenizers import tokenizer_from_dict
-from data.weights import check_weights, checkpoint_path, find_gpt2, need_memory
-from data.windows import divide
+from data import checkpoints, runs
+from data.checkpoints import checkpoint_path
+from data.dataset import divide, open_dataset
+from data.huggingface import gpt2_config, gpt2_folder, load_gpt2
+from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, shard
+from sample import continue_text, pick_prompt
 
 # -----------------------------------------------------------------------------
 # settings; the defaults train a 10M-parameter character GPT on Shakespeare
@@ -126,6 +127,67 @@ _defaults, _given = {}, set()  # filled by configure: the defaults; the keys tha
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
 
 # -----------------------------------------------------------------------------
+# signals
+
+# Ctrl-C, kill, a closed terminal, Slurm's --signal=USR1; Windows has the first two
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
+           if hasattr(signal, name)]
+
+
+def catch_signals(process):
+    """Return a list to which SIGNALS are appended; a second Ctrl-C exits at once."""
+    signals, times = [], []
+    # torchrun repeats the terminal's Ctrl-C, so within a second it is not a second one
+    echo_s = 1 if process.world_size > 1 else 0
+
+    def on_signal(number, frame):
+        if signals and number == signal.SIGINT and time.monotonic() - times[0] > echo_s:
+            os._exit(130)
+        if not signals and process.is_main:
+            with contextlib.suppress(OSError):  # os.write, because print must not be interrupted
+                os.write(2, b'stopping after this update; Ctrl-C again quits without saving\n')
+        signals.append(number)
+        times.append(time.monotonic())
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, on_signal)
+    return signals
+
+
+class Output:
+    """A standard output whose failure ends no run: what cannot be written is lost."""
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work, *arguments):
+        try:
+            work(*arguments)
+        except OSError:  # a closed pipe or a full disk: nothing more goes there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def guarded():
+    """Survive a failing standard output; at the end, put signal handlers and output back."""
+    stdout, handlers = sys.stdout, {number: signal.getsignal(number) for number in SIGNALS}
+    sys.stdout = Output(stdout)
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+# -----------------------------------------------------------------------------
 # training
 
 @dataclass
@@ -178,7 +240,7 @@ def main(argv=None):
         metrics = runs.begin(settings(), model, resumed_at, out_lock)
     signals = catch_signals(process)
     compile_forward(learner)
-    peak = peak_tflops * 1e12 or devices.peak_flops(process)
+    peak = peak_tflops * 1e12 or configurator.peak_flops(process)
     process.print(runs.LEGEND)
 
     # train_seconds counts updates only, without evaluation, sampling and saving
@@ -579,6 +641,56 @@ def save(name, learner, tokenizer, **more):
         'format': checkpoints.VERSION, 'model': dict(learner.model.state_dict()),
         'model_args': asdict(learner.model.config), 'config': settings(),
         'tokenizer': tokenizer.to_dict(), **more})
+
+# -----------------------------------------------------------------------------
+# weights to start from
+
+def find_gpt2(init_from, wanted, process):
+    """Return (shape, tokenizer, load) of the GPT-2 that --init_from names.
+
+    init_from: a name of GPT-2, or a folder with its weights. wanted: the GPTConfig of the settings;
+    its dropout holds, and its block_size shortens the model. shape: the GPTConfig of the weights.
+    tokenizer: as its to_dict returns it. load: a function that returns the model.
+    """
+    def load():
+        with one_line_errors(f'--init_from={init_from}: '):
+            folder = gpt2_folder(init_from, process=process)
+            return load_gpt2(folder, wanted.block_size, wanted.dropout)
+    with one_line_errors(f'--init_from={init_from}: '):
+        folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
+        shape = gpt2_config(folder, wanted.block_size, wanted.dropout)
+        return shape, pretrained_tokenizer(init_from, shape.vocab_size), load
+
+def check_weights(shape, theirs, tokenizer, settings, given):
+    """Fail if the settings or the data contradict loaded weights.
+
+    shape: the GPTConfig of the weights. theirs: their tokenizer, as its to_dict returns it.
+    tokenizer: of the data. given: the keys of the settings that the user gave.
+    """
+    source = settings['init_from']
+    problems = [f'{key}={settings[key]} but the model of init_from={source} has {key}={value}'
+                for key, value in asdict(shape).items() if key in given and settings[key] != value]
+    if theirs != tokenizer.to_dict():
+        problems.append(f'the data has a vocabulary of {tokenizer.vocab_size} other tokens than '
+                        f'{source}: write it in the same tokens with python data/text/prepare.py '
+                        f'--input=FILE --name=NAME --tokenizer={source}')
+    if problems:
+        fail(*problems)
+
+def need_memory(shape, shards, process):
+    """Fail if training a model of this GPTConfig can never fit into the memory of the device.
+
+    shards: the number of processes that share the model.
+    """
+    c = shape
+    tables = 1 if c.tie_weights else 2
+    n = 12 * c.n_layer * c.n_embd**2 + (tables * c.vocab_size + c.block_size) * c.n_embd
+    need = 16 * n / shards  # weights, gradients and two moments of AdamW, in float32
+    have = configurator.total_memory(process.device)
+    if need > have:
+        fail(f'a model of {n / 1e6:,.0f}M parameters takes {need / 1e9:.1f} GB in training, '
+             f'{process.device} has {have / 1e9:.1f} GB: use a smaller n_embd or n_layer, or '
+             '--parallel=fsdp on more devices')
 
 if __name__ == '__main__':
     run_main(main)

@@ -27,7 +27,33 @@ from collections import Counter, defaultdict
 
 import regex  # tiktoken requires this package; Python's re does not know \p{L}
 
-from data.huggingface import LETTERS
+# -----------------------------------------------------------------------------
+# tokens as text: one letter for each byte, as in GPT-2's files
+
+def byte_letters():
+    """Return the 256 letters of the bytes. A visible character of Latin-1 stands for itself."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    letters = {byte: chr(byte) for byte in visible}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return ''.join(letters[byte] for byte in range(256))
+
+
+LETTERS = byte_letters()
+TO_BYTES = {ord(letter): byte for byte, letter in enumerate(LETTERS)}
+
+
+def to_letters(token):
+    """Return the letters of a token, which is given as bytes."""
+    return token.decode('latin-1').translate(LETTERS)
+
+
+def to_bytes(letters):
+    """Return the bytes of a token, which is given as letters."""
+    return letters.translate(TO_BYTES).encode('latin-1')
+
+# -----------------------------------------------------------------------------
+# training
 
 # GPT-4's pattern (cl100k_base in tiktoken 0.3). Newer versions of tiktoken write \p{N}{1,3}+ and
 # \s++$, which other regex engines read differently.

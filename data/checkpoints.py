@@ -13,12 +13,21 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from configurator import fail, first_line, one_line_errors, torchrun
-from data.datasets import adopt_nanogpts, read_meta
+from data.dataset import adopt_nanogpts, read_meta
 from data.files import cannot_write, replace_file
+from data.huggingface import GPT2_NAMES
 from data.tokenizers import tokenizer_size
 from model import GPT, GPTConfig, Muon, is_sharded
 
 VERSION = 1  # of the format
+
+
+def checkpoint_path(init_from):
+    """Return the path of the weights if --init_from names a run's folder or checkpoint, or None."""
+    if init_from in ('scratch', 'resume', 'auto', *GPT2_NAMES):
+        return None
+    names = [os.path.join(init_from, 'model.pth'), os.path.join(init_from, 'ckpt.pt'), init_from]
+    return next(filter(os.path.isfile, names), None)
 
 
 def load_checkpoint(path):

@@ -15,8 +15,6 @@ import zipfile
 
 from data.files import cannot_write, lock, sha256_file, take_name, write_atomic, write_chunks
 
-DATA_DIR = os.path.dirname(os.path.abspath(__file__))
-
 
 class DownloadError(Exception):
     """A download failed. The message names the source and the reason."""

@@ -10,6 +10,7 @@ import time
 
 from configurator import fail, first_line
 
+DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 NOTED = set()  # folders for which a note was printed
 
 def cannot_write(path, e, more='', name=''):

@@ -11,10 +11,10 @@ import shutil
 import numpy as np
 
 from configurator import fail, one_line_errors
-from data.downloads import DATA_DIR, DownloadError, download, fetch, pip_download
-from data.files import sha256_file
-from data.gpt2 import GPT2_NAMES
-from data.huggingface import LETTERS, read_tokenizer, to_bytes, write_tokenizer
+from data.bpe import LETTERS, to_bytes
+from data.downloads import DownloadError, download, fetch, pip_download
+from data.files import DATA_DIR, sha256_file
+from data.huggingface import GPT2_NAMES, read_tokenizer, write_tokenizer
 
 
 class CharTokenizer:

@@ -11,10 +11,10 @@ import torch
 from conftest import TINY, script
 
 import bench
+import sample
 import train
 from configurator import configure
-from data import linears
-from data.windows import Tokens
+from data.dataset import Tokens
 from model import GPT, GPTConfig
 
 
@@ -105,12 +105,12 @@ def test_without_the_module_resource_there_is_no_peak_memory(process, monkeypatc
 
 
 def test_an_explicit_dtype_is_the_dtype_of_generation(process, monkeypatch):
-    taken, place_for_generation = [], linears.place_for_generation
+    taken, place_for_generation = [], sample.place_for_generation
 
     def spy(model, device, dtype, *more):
         taken.append(dtype)
         return place_for_generation(model, device, dtype, *more)
-    monkeypatch.setattr(linears, 'place_for_generation', spy)
+    monkeypatch.setattr(sample, 'place_for_generation', spy)
     for dtype in ('float32', 'bfloat16'):
         bench_settings(f'--dtype={dtype}')
         model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=1, n_embd=16))

@@ -18,7 +18,6 @@ import data.hellaswag.evaluate as evaluate
 import sample
 import train
 from configurator import Process, configure, pick_device, run_main, setup, worth_compiling
-from data import devices
 
 SCRIPT = '''
 # first group
@@ -289,7 +288,7 @@ def test_without_torchs_private_functions_a_timing_tells_whether_bfloat16_is_fas
     for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
         monkeypatch.delattr(torch.cpu, name)
     for fastest in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(devices, 'product_flops', lambda n, dtype: dtype == fastest)
+        monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: dtype == fastest)
         answer = configurator.cpu_multiplies_bfloat16.__wrapped__()
         assert answer == (fastest == torch.bfloat16)
 
@@ -313,9 +312,9 @@ def test_dtype_auto_is_bfloat16_if_the_cpu_is_fast_at_it(monkeypatch, capsys, am
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
     flops = {torch.float32: 1, torch.bfloat16: 1 / ratio}
-    monkeypatch.setattr(devices, 'product_flops', lambda n, dtype: flops[dtype])
+    monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: flops[dtype])
     monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16',
-                        devices.cpu_multiplies_bfloat16.__wrapped__)
+                        configurator.cpu_multiplies_bfloat16.__wrapped__)
     process = setup(device='cpu')
     assert process.dtype == getattr(torch, expected)
     assert f'dtype={expected}' in capsys.readouterr().out

@@ -31,11 +31,11 @@ import data.shakespeare.prepare as shakespeare
 import data.text.prepare as own_text
 from configurator import Process, configure
 from data import bpe as bpe_training
-from data import build, checkpoints, datasets, downloads, files, gpt2, nanogpt, texts
+from data import build, checkpoints, dataset, downloads, files, huggingface
+from data.dataset import Tokens
 from data.downloads import DownloadError, download, download_resumable, fetch
-from data.gpt2 import gpt2_folder, load_gpt2, save_gpt2
+from data.huggingface import gpt2_folder, load_gpt2, save_gpt2
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
-from data.windows import Tokens
 from model import GPT, GPTConfig
 
 BODY = bytes(range(256)) * 400
@@ -438,7 +438,7 @@ def theirs(project):
 
 
 def opened(name, block_size=8):
-    return datasets.open_dataset(name, block_size, Process(torch.device('cpu'), torch.float32))
+    return dataset.open_dataset(name, block_size, Process(torch.device('cpu'), torch.float32))
 
 
 def test_a_dataset_of_nanogpt_is_ordinary_from_then_on(theirs, train_run, capsys):
@@ -546,13 +546,13 @@ def test_the_forms_of_a_vocabulary_in_a_meta_pkl_mean_the_same(theirs):
     for form in ({'stoi': meta['stoi']}, {'itos': chars}, {'itos': tuple(chars)},
                  {'itos': meta['itos'], 'vocab_size': len(chars)}, meta | {'author': 'x'}):
         (folder / 'meta.pkl').write_bytes(pickle.dumps(form))
-        assert nanogpt.read_vocabulary(folder) == {'kind': 'char', 'chars': ''.join(chars)}
+        assert dataset.read_vocabulary(folder) == {'kind': 'char', 'chars': ''.join(chars)}
 
 
 def test_only_folders_of_nanogpt_are_taken_for_such(project, theirs, text, capsys, monkeypatch):
     for name in os.listdir(project / 'data'):
         if os.path.exists(project / 'data' / name / 'prepare.py'):
-            assert nanogpt.prepared_here(project / 'data' / name) == (name == 'theirs'), name
+            assert dataset.prepared_here(project / 'data' / name) == (name == 'theirs'), name
     # an interrupted preparation leaves .bin files whose ids nothing explains
     folder = theirs[0]
     os.remove(folder / 'meta.pkl')
@@ -569,7 +569,7 @@ def test_only_folders_of_nanogpt_are_taken_for_such(project, theirs, text, capsy
 def test_files_of_nanogpt_in_data_shakespeare_char_are_used_and_not_replaced(
         project, theirs, monkeypatch, capsys):
     folder, own = theirs[0], project / 'data' / 'shakespeare_char'
-    monkeypatch.setattr(datasets, 'write_atomic', lambda path, chunks: files.write_atomic(
+    monkeypatch.setattr(dataset, 'write_atomic', lambda path, chunks: files.write_atomic(
         path, chunks) if path.endswith('.json') else pytest.fail(path))
     for name in ('train.bin', 'val.bin', 'meta.pkl'):
         shutil.copy(folder / name, own)
@@ -886,7 +886,7 @@ GPT2_BASE = '/openai-community/gpt2/resolve/main/'
 @pytest.fixture
 def gpt2_hub(hub, tmp_path, monkeypatch):
     """Make the hub serve a tiny model as gpt2, for an empty cache; return the model."""
-    monkeypatch.setattr(gpt2, 'DATA_DIR', str(tmp_path / 'data'))
+    monkeypatch.setattr(huggingface, 'DATA_DIR', str(tmp_path / 'data'))
     monkeypatch.setenv('HF_ENDPOINT', hub)
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
     model = gpt2_like(tmp_path / 'made')
@@ -1057,12 +1057,12 @@ def test_a_text_in_blocks_has_the_tokens_of_the_whole(monkeypatch):
     parts = list('ab1. \n\n\n\t!/’') + ['\r\n', "'s", 'é', '中', '  ', '\u3000', '\x85']
     for _ in range(300):
         text = ''.join(generator.choice(parts, 200))
-        found = [block for block, _ in texts.cut([text[:77], text[77:]], 10)]
+        found = [block for block, _ in build.cut([text[:77], text[77:]], 10)]
         assert ''.join(found) == text
         for pattern in patterns:
             pieces = [piece for block in found for piece in regex.findall(pattern, block)]
             assert pieces == regex.findall(pattern, text)
-    assert len(list(texts.cut(['ab\ncd' * 50], 10))) > 10
+    assert len(list(build.cut(['ab\ncd' * 50], 10))) > 10
 
 
 def test_an_evaluation_makes_few_logits_at_a_time(process, tmp_path):
@@ -1099,7 +1099,7 @@ def test_tinystories_are_prepared_in_parts_and_an_interrupted_run_goes_on(projec
                       code=code, env={'HF_ENDPOINT': address})
 
     def read(split):
-        meta = datasets.read_meta('tinystories')
+        meta = dataset.read_meta('tinystories')
         tokenizer = tokenizer_from_dict(meta['tokenizer'])
         ids = np.fromfile(folder / f'{split}.bin', meta['dtype'])
         return tokenizer.decode(ids).split('<|endoftext|>')

@@ -124,9 +124,9 @@ import train
 from configurator import Process, configure
 from data import build, runs
 from data.checkpoints import read_checkpoint
-from data.signals import SIGNALS
-from data.windows import Tokens
+from data.dataset import Tokens
 from model import GPT
+from train import SIGNALS
 
 OLD = os.path.join(ROOT, 'tests', 'data')  # files that quill wrote at commit 906f3db
 
@@ -507,7 +507,7 @@ def test_a_signal_of_one_rank_ends_the_evaluation_of_all(project, tmp_path):
     config = tmp_path / 'one.py'
     config.write_text("""
 import os as _os, signal as _signal
-from data.windows import Tokens as _Tokens
+from data.dataset import Tokens as _Tokens
 _real, _seen = _Tokens.eval_batches, []
 def _eval_batches(self, *arguments):
     for batch in _real(self, *arguments):
@@ -1285,7 +1285,7 @@ def test_a_user_mistake_in_a_real_process_is_one_line(project, tmp_path):
 
 
 def test_a_model_that_can_never_fit_is_refused_with_its_size(fails, tmp_path, monkeypatch, text):
-    monkeypatch.setattr('data.weights.total_memory', lambda device: 1e9)
+    monkeypatch.setattr('configurator.total_memory', lambda device: 10**9)
     # weights of the blocks, the embeddings and the head; 16 bytes each in training
     n = 12 * 2 * 2048**2 + (2 * len(set(text.read_text())) + 32) * 2048
     err = fails('--n_embd=2048', '--tie_weights=False')

@@ -11,9 +11,8 @@ import torch
 from test_model import make
 
 import train
-from data import datasets
-from data.gpt2 import gpt2_config, hub_cache, load_gpt2, save_gpt2
-from data.safetensors import read_safetensors
+from data import dataset
+from data.huggingface import gpt2_config, hub_cache, load_gpt2, read_safetensors, save_gpt2
 from data.tokenizers import CharTokenizer
 
 LFS = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n'
@@ -359,7 +358,7 @@ def gpt2_tokens(project, monkeypatch):
     ids[:2], tokens = torch.tensor([50256, 0]), {'train': 2000, 'val': 1000}
     for name, part in zip(tokens, ids.split([2000, 1000])):
         part.numpy().astype('uint16').tofile(folder / f'{name}.bin')
-    datasets.write_meta(str(folder), FakeGPT2Tokenizer(), 'test', '0' * 64, tokens, tokens)
+    dataset.write_meta(str(folder), FakeGPT2Tokenizer(), 'test', '0' * 64, tokens, tokens)
     monkeypatch.setattr(train, 'tokenizer_from_dict', lambda _: FakeGPT2Tokenizer())
     yield folder.name
     shutil.rmtree(folder)

@@ -12,8 +12,8 @@ import bench
 import sample
 import train
 from configurator import configure, setup
-from data.linears import place_for_generation
 from model import GPT, GPTConfig
+from sample import place_for_generation
 
 pytestmark = [
     pytest.mark.gpu,

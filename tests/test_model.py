@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from configurator import Process
-from data.devices import peak_flops
+from configurator import Process, peak_flops
 from model import (
     ACTIVATIONS,
     GPT,

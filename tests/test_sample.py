@@ -18,21 +18,21 @@ from torch import nn
 
 import sample
 from configurator import configure
-from data import linears, runs
-from data.linears import (
+from data import runs
+from data.tokenizers import CharTokenizer
+from model import GPT, GPTConfig, KVCache
+from sample import (
     CastLinear,
     FBGEMMLinear,
     Int8Linear,
     OneDNNLinear,
     place_for_generation,
+    unescape,
 )
-from data.prompts import unescape
-from data.tokenizers import CharTokenizer
-from model import GPT, GPTConfig, KVCache
 
 CPU = torch.device('cpu')
 ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-fbgemm = pytest.mark.skipif(not linears.FBGEMM, reason='needs FBGEMM, which is for x86')
+fbgemm = pytest.mark.skipif(not sample.FBGEMM, reason='needs FBGEMM, which is for x86')
 onednn = pytest.mark.skipif(not ONEDNN, reason='needs a CPU on which oneDNN has bfloat16')
 # each class of stored weights with a dtype and the relative error of its products
 STORED = [pytest.param(CastLinear, torch.bfloat16, 8e-3, id='cast-bfloat16'),
@@ -457,11 +457,11 @@ def test_weights_are_stored_for_the_kernels_that_the_machine_has(
         return False
     stored = fast
     if machine == 'with all kernels':
-        if not (linears.FBGEMM and ONEDNN):
+        if not (sample.FBGEMM and ONEDNN):
             pytest.skip('needs FBGEMM, and a CPU on which oneDNN has bfloat16')
     else:
         stored = portable
-        monkeypatch.setattr(linears, 'FBGEMM', False)
+        monkeypatch.setattr(sample, 'FBGEMM', False)
         monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', bfloat16_is_supported,
                             raising=False)
     if machine == 'without libraries':
@@ -513,9 +513,9 @@ def test_without_torchs_private_functions_the_weights_stay_in_float32(
     ('cpu', 'auto', '', 10, False, False, 'float32')])
 def test_the_dtype_of_weights_is_the_fastest_for_the_machine(
         kind, dtype, quantize, num_samples, bf16, fbgemm, expected, monkeypatch):
-    monkeypatch.setattr(linears, 'cpu_multiplies_bfloat16', lambda: bf16)
-    monkeypatch.setattr(linears, 'FBGEMM', fbgemm)
-    assert linears.pick_dtype(kind, dtype, quantize, num_samples) == expected
+    monkeypatch.setattr(sample, 'cpu_multiplies_bfloat16', lambda: bf16)
+    monkeypatch.setattr(sample, 'FBGEMM', fbgemm)
+    assert sample.pick_dtype(kind, dtype, quantize, num_samples) == expected
 
 
 def test_stop_and_start_may_name_line_breaks_and_tabs(trained, sampled):

@@ -18,8 +18,8 @@ from conftest import made_up_text, script, snapshot
 import data.text.prepare as own_text
 import sample
 from configurator import configure
-from data import build, datasets, files
-from data.texts import Texts, find_files
+from data import build, dataset, files
+from data.build import Texts, find_files
 from data.tokenizers import tokenizer_from_dict
 
 SCRIPTS = {
@@ -43,9 +43,9 @@ def prepare(source, name, *more):
 
 
 def read_dataset(name):
-    meta = datasets.read_meta(name)
-    return meta, *(np.fromfile(os.path.join(datasets.DATA_DIR, name, f'{split}.bin'), meta['dtype'])
-                   for split in datasets.SPLITS)
+    meta = dataset.read_meta(name)
+    return meta, *(np.fromfile(os.path.join(dataset.DATA_DIR, name, f'{split}.bin'), meta['dtype'])
+                   for split in dataset.SPLITS)
 
 
 def texts_of(ids, tokenizer):
@@ -87,7 +87,7 @@ def test_a_file_a_gz_and_a_pipe_of_one_text_are_one_dataset(project, text, tmp_p
         assert meta['sha256'] == hashlib.sha256(whole).hexdigest()
         assert (train == found[0][1]).all() and (val == found[0][2]).all()
     assert found[3][0]['source'] == 'standard input' and found[0][0]['source'] == 'topics.txt'
-    assert not [name for name in os.listdir(datasets.DATA_DIR) if 'tmp' in name]
+    assert not [name for name in os.listdir(dataset.DATA_DIR) if 'tmp' in name]
 
 
 def test_the_files_of_a_folder_or_a_pattern_are_found(tmp_path):
@@ -129,7 +129,7 @@ def test_each_file_and_each_line_of_jsonl_is_a_document(tmp_path):
 def test_a_text_is_the_same_in_chunks_of_any_size(tmp_path, monkeypatch, step):
     raw = b'\xef\xbb\xbf' + 'é\r\n\r\r\n中\r👍🏽\n'.encode() * 3 + b'\r'
     (tmp_path / 'x.txt').write_bytes(raw)
-    monkeypatch.setattr('data.texts.BLOCK', step)
+    monkeypatch.setattr('data.build.BLOCK', step)
     blocks = list(Texts(str(tmp_path / 'x.txt')).blocks('reading'))
     assert ''.join(block[0] for block in blocks) == raw.decode('utf-8-sig').replace('\r\n', '\n')
     (tmp_path / 'x.txt').write_bytes(raw + b'abc\xff')
@@ -138,8 +138,8 @@ def test_a_text_is_the_same_in_chunks_of_any_size(tmp_path, monkeypatch, step):
 
 
 def test_a_long_line_without_a_space_is_cut_somewhere(tmp_path, monkeypatch):
-    monkeypatch.setattr('data.texts.LONGEST', 160)
-    monkeypatch.setattr('data.texts.cut.__defaults__', (10,))
+    monkeypatch.setattr('data.build.LONGEST', 160)
+    monkeypatch.setattr('data.build.cut.__defaults__', (10,))
     (tmp_path / 'x.txt').write_text('x' * 1000)
     blocks = list(Texts(str(tmp_path / 'x.txt')).blocks('reading'))
     assert len(blocks) == 7 and ''.join(block[0] for block in blocks) == 'x' * 1000
@@ -147,7 +147,7 @@ def test_a_long_line_without_a_space_is_cut_somewhere(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_read_is_one_line_and_leaves_nothing(tmp_path, capsys):
-    before = snapshot(datasets.DATA_DIR)
+    before = snapshot(dataset.DATA_DIR)
     (tmp_path / 'empty').mkdir()
     with gzip.open(tmp_path / 'cut.gz', 'wb') as f:
         f.write(os.urandom(5000))
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_is_one_line_and_leaves_nothing(tmp_path, capsys):
                         ('--val_fraction=1', 'above 0 and below 1')):
         more = ['--tokenizer=bpe'] if '=256' in flag or '=2000000' in flag else []
         assert words in refused(capsys, tmp_path / 'late.txt', 'bad', flag, *more)
-    assert snapshot(datasets.DATA_DIR) == before
+    assert snapshot(dataset.DATA_DIR) == before
 
 
 # -----------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def test_of_many_documents_a_hash_chooses_those_for_validation(tmp_path, monkeyp
     _, _, more = prepare(path, 'many', '--tokenizer=bpe', '--vocab_size=300', '--val_fraction=0.5')
     assert chosen[0] < set(texts_of(more, tokenizer)) and 200 < len(texts_of(more, tokenizer)) < 300
     # a long document is for one of the two as a whole
-    monkeypatch.setattr('data.texts.BLOCK', 10)
-    monkeypatch.setattr('data.texts.cut.__defaults__', (10,))
+    monkeypatch.setattr('data.build.BLOCK', 10)
+    monkeypatch.setattr('data.build.cut.__defaults__', (10,))
     meta, train, val = prepare(path, 'many', '--tokenizer=bpe', '--vocab_size=300')
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     assert sorted(texts_of(train, tokenizer)[:-1] + texts_of(val, tokenizer)[:-1]) \
@@ -239,11 +239,11 @@ def test_a_text_that_changes_meanwhile_is_refused(tmp_path, capsys, monkeypatch)
         return make(*arguments)
     monkeypatch.setattr(build, 'make_tokenizer', grow)
     assert 'has changed while it was read' in refused(capsys, tmp_path / 'x.txt', 'grows')
-    assert os.listdir(os.path.join(datasets.DATA_DIR, 'grows')) == []
+    assert os.listdir(os.path.join(dataset.DATA_DIR, 'grows')) == []
 
 
 def test_files_of_a_killed_process_are_removed(tmp_path):
-    folder = os.path.join(datasets.DATA_DIR, 'killed')
+    folder = os.path.join(dataset.DATA_DIR, 'killed')
     os.makedirs(folder)
     open(os.path.join(folder, 'train.bin.123.tmp'), 'w').close()
     (tmp_path / 'x.txt').write_text('some text\n' * 100)
@@ -255,7 +255,7 @@ def test_a_split_without_text_is_refused(tmp_path, capsys):
     (tmp_path / 'x.txt').write_text('abc' * 10)
     assert 'there is no text for train' in refused(capsys, tmp_path / 'x.txt', 'none',
                                                  '--val_fraction=0.999')
-    assert os.listdir(os.path.join(datasets.DATA_DIR, 'none')) == []
+    assert os.listdir(os.path.join(dataset.DATA_DIR, 'none')) == []
 
 
 # -----------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def test_a_small_text_has_fewer_tokens_than_asked_for(tmp_path, capsys):
 
 def test_a_tokenizer_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, 'SAMPLE', 20_000)
-    monkeypatch.setattr('data.texts.BLOCK', 1000)
-    monkeypatch.setattr('data.texts.cut.__defaults__', (1000,))
+    monkeypatch.setattr('data.build.BLOCK', 1000)
+    monkeypatch.setattr('data.build.cut.__defaults__', (1000,))
     (tmp_path / 'x.txt').write_text('begin ' * 8000 + 'end ' * 12_000)
     meta, *_ = prepare(tmp_path / 'x.txt', 'sampled', '--tokenizer=bpe', '--vocab_size=300')
     sampled = capsys.readouterr().out.split('training 300 tokens on ')[1].split()[0]
@@ -334,7 +334,7 @@ def test_many_characters_are_a_note_and_more_than_65536_take_four_bytes(tmp_path
     assert tokenizer.decode(train) + tokenizer.decode(val) == text
     assert train.max() > 65536
     assert 'byte pairs suit this text better (--tokenizer=bpe)' in capsys.readouterr().out
-    _, opened, _ = datasets.open_dataset('wide', 16, process)
+    _, opened, _ = dataset.open_dataset('wide', 16, process)
     x, y = opened.read([70_000])
     assert tokenizer.decode(x[0]) == text[70_000:70_016] and (x[0, 1:] == y[0, :-1]).all()
 
@@ -346,7 +346,7 @@ def test_many_characters_are_a_note_and_more_than_65536_take_four_bytes(tmp_path
 def test_an_interruption_leaves_the_older_dataset_as_it_was(text, tmp_path, capsys, monkeypatch,
                                                             kind):
     prepare(text, 'older')
-    folder = os.path.join(datasets.DATA_DIR, 'older')
+    folder = os.path.join(dataset.DATA_DIR, 'older')
     before = snapshot(folder)
     (tmp_path / 'x.txt').write_text('another text\n' * 1000)
 

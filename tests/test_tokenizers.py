@@ -12,8 +12,8 @@ import data.text.prepare as own_text
 import sample
 import train
 from configurator import configure
-from data import datasets, huggingface
-from data.prompts import encode_prompt
+from data import bpe as bpe_training
+from data import dataset, huggingface
 from data.tokenizers import (
     BytePairTokenizer,
     CharTokenizer,
@@ -22,6 +22,7 @@ from data.tokenizers import (
     tokenizer_from_dict,
     tokenizer_size,
 )
+from sample import encode_prompt
 
 transformers = pytest.importorskip('transformers')
 tokenizers = pytest.importorskip('tokenizers')
@@ -49,7 +50,7 @@ def trained(pattern, size, special=()):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size, special_tokens=list(special), show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    whole.train_from_iterator(TEXTS * 3 + [huggingface.__doc__] * 2, trainer)
+    whole.train_from_iterator(TEXTS * 3 + [bpe_training.__doc__] * 2, trainer)
     return whole
 
 
@@ -245,15 +246,15 @@ def test_a_dict_that_describes_no_tokenizer_is_refused(folder):
 
 def test_byte_letters_are_those_of_gpt2():
     alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    assert set(huggingface.LETTERS) == alphabet and len(huggingface.LETTERS) == 256
+    assert set(bpe_training.LETTERS) == alphabet and len(bpe_training.LETTERS) == 256
     level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for text in ('aÄß \n☕', ''.join(map(chr, range(2048)))):
         (letters, _), = level.pre_tokenize_str(text)
-        assert huggingface.to_letters(text.encode()) == letters
-        assert huggingface.to_bytes(letters) == text.encode()
+        assert bpe_training.to_letters(text.encode()) == letters
+        assert bpe_training.to_bytes(letters) == text.encode()
     # abc comes before ab and bc, so nothing is merged to it
     with pytest.raises(ValueError, match="token 'abc' is not made of"):
-        huggingface.merges_of({'special': [], 'tokens': [*huggingface.LETTERS, 'abc', 'ab', 'bc']})
+        huggingface.merges_of({'special': [], 'tokens': [*bpe_training.LETTERS, 'abc', 'ab', 'bc']})
 
 
 # -----------------------------------------------------------------------------
@@ -344,8 +345,8 @@ def test_an_export_is_not_trained_on_another_alphabet_of_the_same_size(
     assert e.value.code == 2 and count in err and err.endswith('--unknown=drop\n')
     run([*arguments, '--unknown=drop'])
     assert f'note: {count}: they are left out' in capsys.readouterr().out
-    meta = datasets.read_meta('straight')
-    ids = np.fromfile(os.path.join(datasets.DATA_DIR, 'straight', 'train.bin'), dtype='uint16')
+    meta = dataset.read_meta('straight')
+    ids = np.fromfile(os.path.join(dataset.DATA_DIR, 'straight', 'train.bin'), dtype='uint16')
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     assert tokenizer.decode(ids) == other.replace('’', '')[:len(ids)]
     train.main([*tiny[:-1], f'--out_dir={tmp_path / "ft2"}', '--dataset=straight'])
@@ -353,16 +354,16 @@ def test_an_export_is_not_trained_on_another_alphabet_of_the_same_size(
 
 def test_a_text_is_written_in_the_tokens_of_an_earlier_run(exported, folder, tmp_path, capsys):
     (tmp_path / 'new.txt').write_text('The new text, in old tokens.\n' * 20)
-    topics = datasets.read_meta('topics')['tokenizer']
+    topics = dataset.read_meta('topics')['tokenizer']
     own = {'out': topics, 'out/ckpt.pt': topics, 'hf': topics, 'hf/tokenizer.json': topics,
            'tokenizer.json': pretrained_tokenizer(str(folder))}
     for path, saved in own.items():
         run([f'--input={tmp_path / "new.txt"}', '--name=new', f'--tokenizer={tmp_path / path}'])
-        meta = datasets.read_meta('new')
+        meta = dataset.read_meta('new')
         assert meta['tokenizer'] == saved and meta['bytes'] == {'train': 522, 'val': 58}
         goes_on = f'train.py --init_from={tmp_path / path} --dataset=new' in capsys.readouterr().out
         assert goes_on == path.startswith('out')
-        ids = np.fromfile(os.path.join(datasets.DATA_DIR, 'new', 'val.bin'), dtype='uint16')
+        ids = np.fromfile(os.path.join(dataset.DATA_DIR, 'new', 'val.bin'), dtype='uint16')
         assert tokenizer_from_dict(saved).decode(ids) == ('The new text, in old tokens.\n' * 2)
     # weights in GPT-2's tokens may come without a tokenizer
     (tmp_path / 'bare').mkdir()
@@ -378,7 +379,7 @@ def test_a_text_is_written_in_the_tokens_of_an_earlier_run(exported, folder, tmp
             run([f'--input={tmp_path / "new.txt"}', '--name=x', f'--tokenizer={tmp_path / path}'])
         err = capsys.readouterr().err
         assert e.value.code == 2 and words in err and err.count('\n') == 1
-        assert not os.path.exists(os.path.join(datasets.DATA_DIR, 'x'))
+        assert not os.path.exists(os.path.join(dataset.DATA_DIR, 'x'))
 
 
 def test_a_model_of_byte_pairs_trains_samples_and_exports(folder, tmp_path, train_run, text,

@@ -23,8 +23,8 @@ import sample
 import train
 from configurator import Process, configure
 from data.checkpoints import load_checkpoint
+from data.dataset import Tokens, divide
 from data.tokenizers import tokenizer_from_dict
-from data.windows import Tokens, divide
 from model import GPT, GPTConfig, orthogonalize
 from train import evaluate, lr_factor, make_learner, make_optimizers, update
 
@@ -708,7 +708,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(train_run, project, capsys):
 
 
 def test_an_unknown_gpu_prints_mfu_na(train_run, monkeypatch, capsys):
-    monkeypatch.setattr(train.devices, 'peak_flops', lambda process: None)
+    monkeypatch.setattr(train.configurator, 'peak_flops', lambda process: None)
     train_run('--max_iters=1')
     assert 'mfu=n/a' in capsys.readouterr().out
 

@@ -14,9 +14,9 @@ import numpy as np
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, run_main
-from data.datasets import text_size, write_meta
-from data.downloads import DATA_DIR, DownloadError, append_rest, fetch, hub_address
-from data.files import cannot_write, lock, need_space, take_name
+from data.dataset import text_size, write_meta
+from data.downloads import DownloadError, append_rest, fetch, hub_address
+from data.files import DATA_DIR, cannot_write, lock, need_space, take_name
 from data.tokenizers import GPT2Tokenizer
 
 shards = 1  # number of training shards, at most 103

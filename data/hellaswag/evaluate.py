@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import DTYPES, fail, one_line_errors, run_main, setup
-from data.downloads import DATA_DIR, DownloadError, download_resumable
-from data.gpt2 import GPT2_NAMES, gpt2_folder, load_gpt2
+from data.downloads import DownloadError, download_resumable
+from data.files import DATA_DIR
+from data.huggingface import GPT2_NAMES, gpt2_folder, load_gpt2
 from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
 
 # -----------------------------------------------------------------------------

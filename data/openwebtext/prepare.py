@@ -19,9 +19,9 @@ import numpy as np
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, run_main
-from data.datasets import SPLITS, is_val, write_meta
-from data.downloads import DATA_DIR, DownloadError, download_resumable, hub_address
-from data.files import cannot_write, need_space, write_atomic
+from data.dataset import SPLITS, is_val, write_meta
+from data.downloads import DownloadError, download_resumable, hub_address
+from data.files import DATA_DIR, cannot_write, need_space, write_atomic
 from data.tokenizers import GPT2Tokenizer
 
 subsets = 21  # number of subsets, at most 21

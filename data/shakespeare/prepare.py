@@ -10,7 +10,8 @@ import sys
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, run_main
 from data.build import write_dataset
-from data.downloads import DATA_DIR, DownloadError, download, fetch, pip_download
+from data.downloads import DownloadError, download, fetch, pip_download
+from data.files import DATA_DIR
 
 input = ''  # UTF-8 text to use instead of the download
 

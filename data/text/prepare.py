@@ -22,14 +22,11 @@ import torch
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, one_line_errors, run_main
-from data.build import write_dataset
-from data.checkpoints import read_checkpoint
-from data.downloads import DATA_DIR
-from data.gpt2 import GPT2_NAMES
-from data.huggingface import read_json
-from data.texts import Texts
+from data.build import Texts, write_dataset
+from data.checkpoints import checkpoint_path, read_checkpoint
+from data.files import DATA_DIR
+from data.huggingface import GPT2_NAMES, read_json
 from data.tokenizers import pretrained_tokenizer, tokenizer_size
-from data.weights import checkpoint_path
 
 input = ''  # UTF-8 text: a file, folder, or pattern, also of .gz and .jsonl files; - reads a pipe
 name = ''  # name of the dataset

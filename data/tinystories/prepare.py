@@ -11,10 +11,9 @@ import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, run_main
-from data.build import write_dataset
-from data.downloads import DATA_DIR, DownloadError, download_resumable, hub_address
-from data.files import need_space
-from data.texts import Texts
+from data.build import Texts, write_dataset
+from data.downloads import DownloadError, download_resumable, hub_address
+from data.files import DATA_DIR, need_space
 
 mb = 0  # megabytes of stories to train on; 0: all of them
 vocab_size = 4096  # number of tokens
