@@ -68,13 +68,12 @@ def first_line(e):
     return (str(e) or repr(e)).splitlines()[0]
 
 @contextlib.contextmanager
-def one_line_errors(prefix='', kinds=(ValueError, OSError, KeyError, TypeError, AttributeError)):
+def one_line_errors(prefix='', kinds=(ValueError, OSError)):
     """Turn exceptions of these kinds into an error line that starts with prefix."""
     try:
         yield
     except kinds as e:
-        unclear = isinstance(e, (KeyError, TypeError, AttributeError))
-        fail(prefix + (repr(e) if unclear else first_line(e)))
+        fail(prefix + first_line(e))
 
 def run_main(main, namespace=None, **more):
     """Call configure(namespace, **more), if given, and main(); exit, on failures with one line."""

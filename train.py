@@ -400,8 +400,7 @@ def make_model(checkpoint, tokenizer, process):
         need_memory(shape, 1 if parallel == 'ddp' else process.world_size, process)
         model = GPT(shape)
     elif checkpoint:
-        path = checkpoint_path(init_from) or os.path.join(out_dir, ckpt)
-        model = checkpoints.load_model(path, checkpoint, dropout=dropout)
+        model = checkpoints.load_model(checkpoint, dropout=dropout)
         check_weights(model.config, checkpoint['tokenizer'], tokenizer, settings(), _given)
     else:
         found, theirs, load = find_gpt2(init_from, shape, process)

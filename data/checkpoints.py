@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from configurator import fail, first_line, one_line_errors, torchrun
 from data.dataset import adopt_nanogpts, read_meta
 from data.files import cannot_write, replace_file
-from data.huggingface import GPT2_NAMES
+from data.huggingface import GPT2_NAMES, read_pretrained
 from data.tokenizers import tokenizer_size
 from model import GPT, GPTConfig, Muon, is_sharded
 
@@ -136,21 +136,38 @@ def check_resume(checkpoint, data_id, tokenizer, settings, process):
         fail(*problems)
 
 
-def load_model(path, checkpoint, **changes):
-    """Return the GPT of the checkpoint read from path; changes replace its model_args."""
+def read_weights(source):
+    """Return the weights that source names, as a dict with model_args, tokenizer and model.
+
+    source: a run's folder, a checkpoint, a name of GPT-2, or a folder of Hugging Face. ValueError
+    or OSError say what is wrong.
+    """
+    path = checkpoint_path(source)
+    if not path and source.endswith(('.pth', '.pt')):
+        folder, name = os.path.split(source)
+        raise ValueError(f'no {name} in {folder or "."}: {alternative(source)}')
+    if not path:
+        return read_pretrained(source)
     try:
-        args = checkpoint['model_args'] | changes
-        if tokenizer_size(checkpoint['tokenizer']) > args['vocab_size']:
-            raise ValueError('the tokenizer is larger')
-        if args['n_layer'] > len(checkpoint['model']):
-            raise ValueError('n_layer is too large')
-        model = GPT(GPTConfig(**args))
+        return read_checkpoint(path)
+    except ValueError as e:
+        raise ValueError(f'{e}; {alternative(path)}')
+
+
+def load_model(checkpoint, **changes):
+    """Return the GPT of a checkpoint; changes replace its model_args. ValueError: they differ."""
+    args = checkpoint['model_args'] | changes
+    if tokenizer_size(checkpoint['tokenizer']) > args['vocab_size']:
+        raise ValueError('its tokenizer is larger than its vocab_size')
+    if args['n_layer'] > len(checkpoint['model']):
+        raise ValueError('n_layer is too large')
+    model = GPT(GPTConfig(**args))
+    try:
         model.load_state_dict(checkpoint['model'])
-        return model
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+    except RuntimeError as e:
         words = ' '.join(str(e).split()[:30])
-        fail(f'cannot use {path}: its weights do not fit its model_args ({words}); '
-             + alternative(path))
+        raise ValueError(f'its weights do not fit its model_args ({words})')
+    return model
 
 
 def alternative(path):

@@ -69,6 +69,24 @@ def hub_cache():
     return expand(os.environ.get('HF_HUB_CACHE', hub))
 
 
+def read_pretrained(source, weights=True):
+    """Return the GPT-2 that source names as a dict: model_args, tokenizer, model."""
+    from dataclasses import asdict
+
+    from data.tokenizers import pretrained_tokenizer
+    folder = gpt2_folder(source)
+    config = gpt2_config(folder)
+    found = {'model_args': asdict(config),
+             'tokenizer': pretrained_tokenizer(source, config.vocab_size)}
+    return found | {'model': load_gpt2(folder).state_dict()} if weights else found
+
+
+def write_pretrained(folder, model, tokenizer):
+    """Write a folder that GPT2LMHeadModel and AutoTokenizer of transformers read."""
+    save_gpt2(model, folder, tokenizer.eot)
+    tokenizer.save_pretrained(folder)
+
+
 # -----------------------------------------------------------------------------
 # reading
 
