@@ -963,6 +963,13 @@ def questions(n):
     return [{'ctx': f'A man number {i}', 'endings': endings, 'label': i % 4} for i in range(n)]
 
 
+def hellaswag(capsys, *arguments):
+    """Run data/hellaswag/evaluate.py and return its result."""
+    configure(vars(evaluate), arguments)
+    evaluate.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatch, capsys):
     gpt2_like(tmp_path / 'model')
     body = '\n'.join(map(json.dumps, questions(8))).encode()
@@ -970,10 +977,8 @@ def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, 'DATA_DIR', str(tmp_path))
     monkeypatch.setattr(evaluate, 'HELLASWAG', {'url': f'{hub}/hellaswag_val.jsonl',
                                                 'sha256': hashlib.sha256(body).hexdigest()})
-    configure(vars(evaluate), [f'--init_from={tmp_path / "model"}', '--dtype=float32',
-                               '--device=cpu'])
-    evaluate.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = hellaswag(capsys, f'--init_from={tmp_path / "model"}', '--dtype=float32',
+                       '--device=cpu')
     assert result['n'] == 8 and 0 <= result['acc'] <= 1
     assert result['acc'] * 8 == round(result['acc'] * 8)
     os.remove(tmp_path / 'hellaswag' / 'hellaswag_val.jsonl')
@@ -995,6 +1000,39 @@ def test_hellaswag_is_the_same_in_two_processes(project, bpe, tmp_path):
     assert one == two and one['n'] == 9
 
 
+def test_hellaswag_evaluates_runs_of_quill(train_run, tmp_path, monkeypatch, capsys):
+    train_run('--block_size=64', '--max_iters=5', '--eval_interval=5')
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: questions(8))
+    run = hellaswag(capsys, f'--init_from={tmp_path / "out"}', '--dtype=float32', '--device=cpu')
+    assert run['n'] == 8 and run['init_from'] == str(tmp_path / 'out')
+    best = hellaswag(capsys, f'--init_from={tmp_path / "out" / "model.pth"}', '--dtype=float32',
+                     '--device=cpu')
+    assert (best['acc'], best['acc_norm']) == (run['acc'], run['acc_norm'])
+    strange = [{'ctx': 'Größe', 'endings': list('abcd'), 'label': 0}]
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: strange)
+    for source, words in ((tmp_path / 'out', 'not in the vocabulary'), (tmp_path, 'config.json')):
+        with pytest.raises(SystemExit) as e:
+            hellaswag(capsys, f'--init_from={source}')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_a_context_that_is_too_long_loses_its_beginning():
+    process = Process(torch.device('cpu'), torch.float32)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=10, vocab_size=50, n_layer=1, n_head=1, n_embd=16)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    context, endings = list(range(30)), [[31, 32, 33, 34], [35, 36], [37], [38, 39, 40]]
+    sums, means = evaluate.score_endings(model, context, endings, process)
+    for ending, total, mean in zip(endings, sums, means):
+        tokens = torch.tensor([context[-7:] + ending])  # 10 inputs with the longest ending
+        logits = model(tokens[:, :-1])[0].log_softmax(-1)
+        expected = sum(logits[0, 6 + i, token] for i, token in enumerate(ending))
+        assert total.item() == pytest.approx(expected.item(), abs=1e-4)
+        assert mean.item() == pytest.approx(expected.item() / len(ending), abs=1e-4)
+
+
 class OneTokenPerCharacter:
     """A tokenizer that needs no download."""
 
@@ -1002,7 +1040,7 @@ class OneTokenPerCharacter:
         return torch.tensor([ord(c) for c in text])
 
 
-def test_hellaswag_scores_equal_a_direct_computation():
+def test_hellaswag_scores_equal_a_direct_computation(monkeypatch, capsys):
     process = Process(torch.device('cpu'), torch.float32)
     tokenizer = OneTokenPerCharacter()
     torch.manual_seed(0)
@@ -1025,15 +1063,18 @@ def test_hellaswag_scores_equal_a_direct_computation():
                 text += c
             sums.append(total)
             means.append(total / (len(ending) + 1))
-        got_sums, got_means = evaluate.score_endings(model, tokenizer, row['ctx'], row['endings'],
-                                                     process)
+        context, endings, label = evaluate.encode(tokenizer, row)
+        assert label == row['label']
+        got_sums, got_means = evaluate.score_endings(model, context, endings, process)
         assert got_sums.tolist() == pytest.approx(sums, abs=1e-3)
         assert got_means.tolist() == pytest.approx(means, abs=1e-4)
         expected.append((sums.index(max(sums)) == row['label'],
                          means.index(max(means)) == row['label']))
-    acc, acc_norm = evaluate.hellaswag(model, tokenizer, rows, process)
-    assert acc == pytest.approx(sum(by_sum for by_sum, _ in expected) / 5)
-    assert acc_norm == pytest.approx(sum(by_mean for _, by_mean in expected) / 5)
+    monkeypatch.setattr(evaluate, 'load', lambda source, device: (model, tokenizer))
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: rows)
+    result = hellaswag(capsys, '--dtype=float32', '--device=cpu')
+    assert result['acc'] == pytest.approx(sum(by_sum for by_sum, _ in expected) / 5)
+    assert result['acc_norm'] == pytest.approx(sum(by_mean for _, by_mean in expected) / 5)
 
 
 @pytest.mark.parametrize('terminal', [True, False])
