@@ -105,17 +105,14 @@ def load(source, device='cpu', tell=False):
 
 def find_weights():
     """Return the weights that the settings name, as a source for load()."""
-    folder = init_from
-    if init_from == 'resume':
-        folder = out_dir or last_run()
+    folder = out_dir if init_from == 'resume' else init_from
+    if not folder:
+        runs = [run for run in read_runs() if os.path.isdir(run)]
+        if not runs:
+            fail('nothing has been trained yet: run python train.py, or give --out_dir')
+        folder = runs[-1]
     path = os.path.join(folder, 'model.pth' if weights == 'best' else 'ckpt.pt')
     return path if init_from == 'resume' or os.path.exists(path) else folder
-
-def last_run():
-    """Return the folder of the latest run."""
-    if runs := [run for run in read_runs() if os.path.isdir(run)]:
-        return runs[-1]
-    fail('nothing has been trained yet: run python train.py, or give --out_dir')
 
 def export_model(model, tokenizer):
     """Write the model and its tokenizer to `export`, or nothing if that fails."""

@@ -65,7 +65,7 @@ def check(words):
     arguments = [os.path.join(ROOT, w) if w.endswith('.py') else w for w in arguments]
     try:
         if name == 'bench.py':
-            configure(vars(bench), arguments, base=vars(train), check=bench.check_settings)
+            configure(vars(bench), arguments, base=vars(train), check=train.check_settings)
         elif name == 'sample.py':
             configure(vars(sample), arguments)
         else:

@@ -333,9 +333,10 @@ def test_the_list_of_runs_may_be_empty_and_hold_any_name(trained, sampled, train
     assert e.value.code == 2 and 'nothing has been trained yet' in capsys.readouterr().err
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/\xff')
     train_run('--max_iters=5', out=odd)
-    assert runs.read_runs() == [odd] and sample.last_run() == odd
+    assert runs.read_runs() == [odd] and sample.find_weights() == f'{odd}/model.pth'
     runs.remember_run(str(tmp_path / 'deleted'))
-    assert runs.read_runs()[-1] == str(tmp_path / 'deleted') and sample.last_run() == odd
+    assert runs.read_runs()[-1] == str(tmp_path / 'deleted')
+    assert sample.find_weights() == f'{odd}/model.pth'
 
 
 @pytest.mark.parametrize('mistake, words', [

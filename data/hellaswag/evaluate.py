@@ -55,10 +55,9 @@ def main():
 def read_questions(path):
     """Return the questions as dicts; download them to path unless they are there."""
     try:
-        if not os.path.exists(path):
-            download_resumable(path=path, **HELLASWAG)
+        download_resumable(path=path, **HELLASWAG)
     except DownloadError as e:
-        fail(f'no HellaSwag: {e}. Get it by other means and save it as {path}')
+        fail(f'no HellaSwag: {e}')
     with open(path, encoding='utf-8') as f:
         return [json.loads(line) for line in f]
 
