@@ -296,7 +296,7 @@ def test_a_checkpoint_of_906f3db_resumes_to_the_same_weights(
     for name in ('this quill', '906f3db'):
         if name == '906f3db':
             shutil.copy(os.path.join(OLD, 'model_906f3db.pth'), out / 'model.pth')
-        configure(vars(sample), [f'--out_dir={out}', '--num_samples=1', '--max_new_tokens=5'])
+        configure('sample', [f'--out_dir={out}', '--num_samples=1', '--max_new_tokens=5'])
         sample.main()
         assert 'step 6, best val loss 2.7753' in capsys.readouterr().out, name
 
@@ -671,7 +671,7 @@ class Pair(Process):
 
 @pytest.mark.parametrize('where, bad', [(5, 'gradient norm'), (-2, 'loss'), (None, '')])
 def test_a_bad_number_on_any_rank_stops_all_ranks_before_the_weights_change(where, bad):
-    configure(vars(train), ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8',
+    configure('train', ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8',
                             '--batch_size=4'])
     process = Pair(torch.device('cpu'), torch.float32, world_size=2, seed=1)
     process.where = where
@@ -680,7 +680,7 @@ def test_a_bad_number_on_any_rank_stops_all_ranks_before_the_weights_change(wher
     before = {k: v.clone() for k, v in learner.model.state_dict().items()}
     idx = torch.randint(10, (2, 8))
     row = train.update(learner, [(0, idx, idx)], 1.0)
-    configure(vars(train), [])
+    configure('train', [])
     assert row['bad'] == bad
     assert same_tensors(dict(learner.model.state_dict()), before) == bool(bad)
     assert all(opt.state_dict()['state'] for opt in learner.optimizers) == (not bad)
@@ -993,7 +993,7 @@ def test_values_of_another_type_in_a_checkpoint_are_refused_by_sample(
     checkpoint = load(out, 'model.pth')
     change(checkpoint)
     torch.save(checkpoint, out / 'model.pth')
-    configure(vars(sample), [f'--out_dir={out}'])
+    configure('sample', [f'--out_dir={out}'])
     with pytest.raises(SystemExit, match='2'):
         sample.main()
     err = capsys.readouterr().err
@@ -1018,7 +1018,7 @@ def test_a_checkpoint_of_nanogpt_loads_for_resume_and_sampling(train_run, tmp_pa
         os.remove(out / f)
     torch.save(theirs, out / 'ckpt.pt')
     capsys.readouterr()
-    configure(vars(sample), [f'--out_dir={out}', '--weights=last', '--max_new_tokens=5',
+    configure('sample', [f'--out_dir={out}', '--weights=last', '--max_new_tokens=5',
                              '--num_samples=1'])
     sample.main()
     assert 'step 3' in capsys.readouterr().out

@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT
 
 import bench
-import sample
 import train
 from configurator import configure
 
@@ -65,15 +64,15 @@ def check(words):
     arguments = [os.path.join(ROOT, w) if w.endswith('.py') else w for w in arguments]
     try:
         if name == 'bench.py':
-            configure(vars(bench), arguments, base=vars(train), check=bench.check_settings)
+            configure('bench', arguments, base='train', check=bench.check_settings)
         elif name == 'sample.py':
-            configure(vars(sample), arguments)
+            configure('sample', arguments)
         else:
             assert name == 'train.py'
-            configure(vars(train), arguments, check=train.check_settings)
+            configure('train', arguments, check=train.check_settings)
     finally:  # restore the default settings, which are module globals
-        configure(vars(bench), [], base=vars(train))
-        configure(vars(sample), [])
+        configure('bench', [], base='train')
+        configure('sample', [])
 
 
 def test_the_file_tree_is_the_real_one():

@@ -32,8 +32,8 @@ from train import evaluate, lr_factor, make_learner, make_optimizers, update
 @pytest.fixture
 def configured():
     """A function that sets settings of train.py; after the test they have their defaults again."""
-    yield lambda *arguments: configure(vars(train), [*arguments])
-    configure(vars(train), [])
+    yield lambda *arguments: configure('train', [*arguments])
+    configure('train', [])
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_embeddings_and_output_matrix_may_have_learning_rates_of_their_own(
         assert set(found.values()) == {0.005} and len(found) > 10
     assert set(rates('--tie_weights=False').values()) == {0.005}
     with pytest.raises(SystemExit):
-        configure(vars(train), ['--head_lr=0.2'], check=train.check_settings)
+        configure('train', ['--head_lr=0.2'], check=train.check_settings)
     assert 'head_lr=0.2 needs --tie_weights=False' in capsys.readouterr().err
 
 
@@ -427,7 +427,7 @@ def test_the_whole_split_is_evaluated_exactly_once(small_learner, tokens):
         losses += window(983)[-(999 - len(losses)):]
     assert len(losses) == 999
     for eval_iters, batch_size in ((0, 7), (9, 7), (100, 64), (0, 1)):
-        configure(vars(train), [f'--eval_iters={eval_iters}', f'--batch_size={batch_size}'])
+        configure('train', [f'--eval_iters={eval_iters}', f'--batch_size={batch_size}'])
         assert evaluate(learner, data, eval_iters) == pytest.approx(np.mean(losses), abs=1e-5)
     assert model.training
 
@@ -1056,10 +1056,10 @@ def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(
     shapes = [checkpoint['optimizer'][0]['state'][0]['exp_avg'].shape for checkpoint in (half, ddp)]
     assert shapes[0] == shapes[1]
     capsys.readouterr()
-    configure(vars(sample), [f'--out_dir={tmp_path / "fsdp"}', '--weights=last',
+    configure('sample', [f'--out_dir={tmp_path / "fsdp"}', '--weights=last',
                              '--max_new_tokens=5', '--num_samples=1'])
     sample.main()
-    configure(vars(sample), [])
+    configure('sample', [])
     assert 'step 10' in capsys.readouterr().out
     # fsdp -> one process, and one process -> fsdp
     shutil.copytree(tmp_path / 'fsdp', tmp_path / 'back')
