@@ -420,8 +420,7 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
     name = torch.cuda.get_device_name() if device.type == 'cuda' else \
         f'{torch.get_num_threads()} CPU threads'
     processes = f'{world_size} processes (backend={backend})' if world_size > 1 else '1 process'
-    if process.is_main:
-        print(f'using device={device} ({name}), {dtype=!s}, {compile=!s}, {processes}', flush=True)
+    process.print(f'using device={device} ({name}), {dtype=!s}, {compile=!s}, {processes}')
     return process
 
 def pick_device(device='auto', local_rank=0):

@@ -121,7 +121,7 @@ def read_weights(source):
     words += f'step {checkpoint["iter_num"]}'
     if loss < math.inf:  # inf: not evaluated yet
         words += f', best val loss {loss:.4f}'
-    return load_model(path, checkpoint), tokenizer_from_dict(checkpoint['tokenizer']), words
+    return load_model(checkpoint), tokenizer_from_dict(checkpoint['tokenizer']), words
 
 def write(model, tokenizer, prompt, idx, generator):
     """Print a sample for each row of idx (B, T); return the number of tokens of a sample.

@@ -356,12 +356,14 @@ def read_settings(argv):
         given['init_from'] = start
     if start == 'resume':
         checkpoint = checkpoints.load_checkpoint(os.path.join(folder, wanted['ckpt']))
+        if 'optimizer' not in checkpoint:
+            fail(f'{wanted["ckpt"]} holds only weights: resume from ckpt.pt or ckpt_prev.pt')
         saved = checkpoint['config'] | checkpoint['model_args']
         saved = {k: v for k, v in saved.items() if k not in NOT_RESUMED}
     elif wanted['skip_batches'] or wanted['ckpt'] != 'ckpt.pt':
         problems.append('--skip_batches and --ckpt are for --init_from=resume')
     elif start != 'scratch':
-        with one_line_errors(f'--init_from={start}: '):
+        with checkpoints.usable(start):
             checkpoint = checkpoints.read_weights(start)
         saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
     apply_settings(__name__, given, saved, check=check_settings, problems=problems)
@@ -442,8 +444,8 @@ def check_start(checkpoint, data_id, tokenizer, process):
 def make_model(checkpoint, tokenizer, process):
     """Return a model on the CPU, with the weights of the checkpoint or new ones."""
     if checkpoint:
-        source = os.path.join(out_dir, ckpt) if init_from == 'resume' else init_from
-        with one_line_errors(f'cannot use {source}: '):
+        path = os.path.join(out_dir, ckpt) if init_from == 'resume' else init_from
+        with checkpoints.usable(path):
             return checkpoints.load_model(checkpoint, dropout=dropout, block_size=block_size)
     shape = model_shape(tokenizer.vocab_size)
     need_memory(shape, process)

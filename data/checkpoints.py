@@ -6,6 +6,7 @@ A checkpoint is a dict of plain values and tensors:
     in model.pth     val_loss
     in ckpt.pt       optimizer, scaler, best_val_loss, train_seconds, data, position
 """
+import contextlib
 import os
 import zipfile
 from dataclasses import fields
@@ -13,7 +14,7 @@ from dataclasses import fields
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import fail, first_line, one_line_errors, say, torchrun
+from configurator import fail, first_line, say, torchrun
 from data.dataset import adopt_nanogpts, read_meta
 from data.files import cannot_write, replace_file
 from data.huggingface import GPT2_NAMES, read_pretrained
@@ -46,8 +47,14 @@ def load_checkpoint(path):
     if not os.path.exists(path):
         folder, name = os.path.split(path)
         fail(f'no {name} in {folder or "."}: {alternative(path)}')
-    try:
+    with usable(path):
         return read_checkpoint(path)
+
+@contextlib.contextmanager
+def usable(path):
+    """Fail on a ValueError about the checkpoint at path, and say what to use instead."""
+    try:
+        yield
     except ValueError as e:
         fail(f'cannot use {path}: {e}; {alternative(path)}')
 
@@ -157,25 +164,30 @@ def note_higher_rate(checkpoint, rate, process):
 
 def load_optimizers(path, checkpoint, optimizers, scaler):
     """Load the states of the optimizers and of the float16 scaler of the checkpoint at path."""
-    with one_line_errors(f'cannot use {path}: the state of its optimizer does not fit: '):
+    with usable(path):
         for optimizer, saved in zip(optimizers, checkpoint['optimizer']):
             load_optimizer(optimizer, saved)
     if checkpoint['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint['scaler'])
 
 def load_optimizer(optimizer, saved):
-    """Load a checkpoint's state_dict; hyperparameters but the present rate keep their values.
+    """Load the moments and the last learning rate; other hyperparameters keep this run's values.
 
-    Raises ValueError if it does not fit: fused AdamW would write beyond a smaller tensor.
+    ValueError says what does not fit: fused AdamW would write beyond a smaller tensor.
     """
-    muon = isinstance(optimizer, Muon)
-    names = ['momentum_buffer'] if muon else ['step', 'exp_avg', 'exp_avg_sq']
+    if not isinstance(saved, dict) or not {'state', 'param_groups'} <= set(saved):
+        raise ValueError('it has no state of its optimizer')
+    names = ['step', 'exp_avg', 'exp_avg_sq']
+    if isinstance(optimizer, Muon):
+        names = ['momentum_buffer']
     params = [p for group in optimizer.param_groups for p in group['params']]
     state, states = {}, saved['state']
     for i, p in enumerate(params if states else ()):  # it is empty before the first update
         shapes = {name: torch.Size() if name == 'step' else p.shape for name in names}
-        if {name: t.shape for name, t in states.get(i, {}).items()} != shapes:
-            raise ValueError(f'parameter {i} has other names or shapes')
+        found = {name: getattr(t, 'shape', None) for name, t in states.get(i, {}).items()}
+        if found != shapes:
+            raise ValueError(f'the state of its optimizer does not fit: parameter {i} has other '
+                             'names or shapes')
         # clone, or the tensor stays backed by the memory-mapped checkpoint
         state[i] = {name: t.clone() for name, t in states[i].items()}
         if is_sharded(p):

@@ -115,7 +115,7 @@ def test_all_problems_are_reported_together(namespace, capsys, tmp_path):
 
 def test_later_arguments_win_and_files_read_earlier_values(namespace, tmp_path):
     path = tmp_path / 'c.py'
-    path.write_text('import math\nfrom os import path, environ\nfrom math import pi\n'
+    path.write_text('import math\nfrom os import path\nfrom math import pi as _pi\n'
                     '_half = width / 2\ndef f(): pass\nwidth = int(_half)\nrate = 3\n')
     config = configure('script', ['--width=20', str(path), '--rate=0.5'])
     assert config['width'] == 10 and config['rate'] == 0.5
