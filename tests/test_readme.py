@@ -1,4 +1,4 @@
-"""Every command in the README and in the config files names files and keys that exist."""
+"""Every command and every flag in the README and in config/ names files and keys that exist."""
 import glob
 import os
 import re
@@ -23,11 +23,15 @@ def indented_lines(text):
 
 
 README = read('README.md')
-COMMANDS = [line.strip() for line in indented_lines(README)
+SPEEDRUN = read('config', 'speedrun_shakespeare_char.md')
+# nanoGPT's own commands are among them: their files and keys have the same names in quill
+COMMANDS = [line.strip() for line in indented_lines(README + SPEEDRUN)
             if re.search(r'python |torchrun ', line)]
 COMMANDS += re.findall(r'`((?:python|torchrun) [^`]*\.py[^`]*)`', README)
+FLAGS = re.findall(r'`(--[^`]*)`', README + SPEEDRUN)
 for _path in sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))):
     COMMANDS += re.findall(r'^#\s+((?:python|torchrun) .*)$', read(_path), re.M)
+    FLAGS += re.findall(r'^#(?!.*\.py).*?(--\w+=.*)$', read(_path), re.M)
 
 
 def test_there_are_commands_to_check():
@@ -75,9 +79,19 @@ def check(words):
         configure('sample', [])
 
 
+def test_each_flag_in_the_text_is_a_setting():
+    keys = {key for flags in FLAGS for key in re.findall(r'--(\w[\w-]*)', flags)}
+    assert len(keys) > 20
+    prepare = read('data', 'text', 'prepare.py')
+    settings = {*vars(train), *vars(sample), *re.findall(r'^(\w+) = ', prepare, re.M)}
+    assert keys - settings == {'key', 'max-restarts'}  # --key=value; torchrun's --max-restarts
+
+
 def test_the_file_tree_is_the_real_one():
     section = re.search(r'^## Files\n(.*?)^## ', README, re.M | re.S).group(1)
     names = re.findall(r'^    (\S+)', section, re.M)
     for name in names:
         assert os.path.exists(os.path.join(ROOT, name)), name
-    assert {f for f in os.listdir(ROOT) if f.endswith('.py')} <= set(names)
+    modules = glob.glob('*.py', root_dir=ROOT) + glob.glob('data/[!_]*.py', root_dir=ROOT)
+    assert set(modules) <= set(names)
+    assert all(re.search(rf'^    {name} +\S', section, re.M) for name in modules)
