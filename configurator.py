@@ -95,8 +95,6 @@ def run_main(main, name=None, **more):
             if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(e):
                 fail('out of memory: halve batch_size and double gradient_accumulation_steps, or '
                      'take a smaller model: ' + first_line(e), code=1)
-            if 'Unable to find address' in str(e):
-                fail(f'GLOO_SOCKET_IFNAME is no network interface of this machine: {first_line(e)}')
             if isinstance(e, dist.DistError) or 'gloo' in str(e):  # gloo's errors have no class
                 fail('another process has ended, or has not answered within timeout_s: '
                      + first_line(e), code=1)
@@ -384,11 +382,10 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
         fail(f'WORLD_SIZE={world_size}, but RANK, MASTER_ADDR or MASTER_PORT is missing: '
              'start the processes with torchrun')
     device = pick_device(device, local_rank)
-    nccl = device.type == 'cuda' and dist.is_nccl_available()  # torch for Windows has none
     if backend == 'auto':
-        backend = 'nccl' if nccl else 'gloo'
-    if backend == 'nccl' and not nccl and world_size > 1:
-        fail('backend=nccl needs CUDA devices and a torch with nccl: use --backend=gloo')
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    if backend == 'nccl' and device.type != 'cuda' and world_size > 1:
+        fail('backend=nccl needs CUDA devices: use --backend=gloo')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for products that stay in float32

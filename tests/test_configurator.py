@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, script
+from conftest import ROOT, script
 
 import bench
 import configurator
@@ -288,27 +288,6 @@ def test_setup_refuses_what_it_cannot_do(monkeypatch, capsys, settings, words):
     assert words in line
 
 
-def test_where_torch_has_no_nccl_the_processes_use_gloo(monkeypatch, capsys):
-    """As in torch for Windows."""
-    def init_process_group(backend, **_):
-        raise SystemExit(backend)
-    for name, value in (('WORLD_SIZE', '2'), ('RANK', '0'), ('MASTER_ADDR', 'x'),
-                        ('MASTER_PORT', '1')):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
-    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda precision: None)
-    monkeypatch.setattr(configurator, 'fresh_store', lambda *_: None)
-    monkeypatch.setattr(configurator.dist, 'init_process_group', init_process_group)
-    for available, backend in ((True, 'nccl'), (False, 'gloo')):
-        monkeypatch.setattr(configurator.dist, 'is_nccl_available', lambda: available)
-        with pytest.raises(SystemExit, match=backend):
-            setup(device='cuda')
-    line, = fails(capsys, setup, device='cuda', backend='nccl')
-    assert 'a torch with nccl: use --backend=gloo' in line
-
-
 def test_without_torchs_private_functions_a_timing_tells_whether_bfloat16_is_fast(monkeypatch):
     for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
         monkeypatch.delattr(torch.cpu, name)
@@ -561,11 +540,3 @@ def test_a_world_without_an_address_is_an_error(monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
     line, = fails(capsys, setup, device='cpu')
     assert 'MASTER_ADDR' in line and 'torchrun' in line
-
-
-@pytest.mark.slow
-def test_a_wrong_network_interface_is_named(project, tmp_path):
-    _, err = script(project, 'train.py', *TINY, f'--out_dir={tmp_path / "out"}', nproc=2, code=1,
-                    env={'GLOO_SOCKET_IFNAME': 'nowhere7'})
-    lines = [line for line in err.splitlines() if line.startswith('error: ')]
-    assert 'GLOO_SOCKET_IFNAME' in lines[0] and 'nowhere7' in lines[0]

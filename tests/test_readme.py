@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 import bench
+import sample
 import train
 from configurator import configure
 

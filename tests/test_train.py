@@ -444,7 +444,7 @@ def test_the_evaluation_before_training_is_short(train_run, monkeypatch):
 def test_a_min_lr_that_nobody_gave_follows_the_learning_rate(train_run, capsys):
     config = train_run('--learning_rate=3e-5', '--max_iters=2')['config']
     assert config['min_lr'] == pytest.approx(3e-6)
-    assert re.search('^settings: .*min_lr=3(\.0+5)?e-06', capsys.readouterr().out, re.M)
+    assert re.search(r'^settings: .*min_lr=3(\.0+5)?e-06', capsys.readouterr().out, re.M)
     with pytest.raises(SystemExit):
         train_run('--learning_rate=3e-5', '--min_lr=1e-4')
     assert 'min_lr=0.0001 is above learning_rate=3e-05' in capsys.readouterr().err
@@ -832,6 +832,36 @@ def test_a_finetuned_gpt2_starts_from_its_weights(
     assert 'n_layer=5' in capsys.readouterr().err
 
 
+# what a student may write by mistake: (line of model.py, the same with a mistake, the exception)
+MISTAKES = [
+    ('        x = self.transformer.wte(idx)', '        x = self.transformer.wte(ids)', 'NameError'),
+    ('config.n_embd, bias=config.bias)\n        self.c_proj', 'config.n_embd, scale=2)\n        self.c_proj',
+     'TypeError'),
+    ('        logits = self.lm_head(self.transformer.ln_f(x))',
+     '        logits = self.lm_head(self.transformer.ln_f(x).mT)', 'RuntimeError')]
+
+
+@pytest.mark.parametrize('line, mistake, exception', MISTAKES)
+@pytest.mark.parametrize('init_from', ['scratch', 'resume'])
+def test_a_bug_in_model_py_keeps_its_traceback(
+        project, train_run, tmp_path, init_from, line, mistake, exception):
+    copy = tmp_path / 'quill'
+    shutil.copytree(project, copy)
+    source = (copy / 'model.py').read_text()
+    assert line in source
+    (copy / 'model.py').write_text(source.replace(line, mistake))
+    train_run('--train_iters=5')
+    before = snapshot(tmp_path / 'out')
+    arguments = [*TINY, f'--out_dir={tmp_path / "new"}']
+    if init_from == 'resume':
+        arguments = [f'--out_dir={tmp_path / "out"}', '--init_from=resume']
+    _, err = script(copy, 'train.py', *arguments, code=1)
+    assert 'Traceback' in err and 'model.py' in err
+    assert re.search(f'^{exception}: ', err, re.M) and 'error: ' not in err
+    after = snapshot(tmp_path / 'out')
+    assert all(after[path] == content for path, content in before.items() if '.pt' in path)
+
+
 def test_a_short_speedrun_learns_faster_than_the_defaults(train_run, project, tmp_path):
     """60 updates of the speedrun's recipe, made small."""
     small = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--batch_size=16', '--block_size=64',
@@ -885,6 +915,9 @@ class ThreadProcess(Process):
     """One of several ranks that are threads of this process and sum tensors with each other."""
     sums: dict = None  # of all ranks: rank -> tensor
     barrier: threading.Barrier = None
+
+    def broadcast(self, tensor):
+        return tensor
 
     def all_reduce(self, tensor):
         self.sums[self.rank] = tensor.clone()
