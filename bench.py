@@ -37,7 +37,7 @@ real_tokens = False  # read the dataset instead of random tokens
 profile = False  # write a profiler trace of three updates to trace.json
 
 CHOICES = {'task': ('speed', 'sample'), 'init_from': ('scratch',)}
-LIMITS = {(1, 1e9): 'bench_steps', (0, 1e9): 'bench_warmup bench_tokens'}
+LIMITS = dict(bench_steps=(1, 1e9), bench_warmup=(0, 1e9), bench_tokens=(0, 1e9))
 
 def main():
     process = setup(
@@ -64,7 +64,7 @@ class RandomTokens:
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
 
-    def train_batch(self, first, count, process, noise=0.0):
+    def train_batch(self, first, count, process):
         shape = count, train.block_size + 1
         ids = torch.randint(self.vocab_size, shape, generator=process.generator('bench', first))
         return ids[:, :-1].clone(), ids[:, 1:].clone()
@@ -80,7 +80,7 @@ def time_updates(learner, data):
         position = it * train.gradient_accumulation_steps * train.batch_size
         batches = list(train.training_batches(learner, data, train.Progress(it, position)))
         t0 = process.clock()
-        row = train.update(learner, batches, factor=1.0, timed=timed)
+        row, _, _ = train.update(learner, batches, factor=1.0, timed=timed)
         return process.clock() - t0, row['dtf'], row['dtb']
     first_step_seconds, _, _ = step(0)
     for it in range(bench_warmup):
@@ -137,4 +137,4 @@ def time_generation(model, num_samples, process):
             f'sample_first_{num_samples}': seconds[0] / later}
 
 if __name__ == '__main__':
-    run_main(main, globals(), base=vars(train), check=train.check_settings)
+    run_main(main, __name__, base='train', check=train.check_settings)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import configurator
 from configurator import DTYPES, fail, one_line_errors, pick_device, run_main, setup
 from data.build import read_text
-from data.checkpoints import load_model, read_weights
+from data.checkpoints import load_model, read_weights, usable
 from data.files import cannot_write
 from data.huggingface import write_pretrained
 from data.runs import read_runs
@@ -47,8 +47,8 @@ seed = 1337  # seed of the samples
 device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cuda:1 | ...
 dtype = 'auto'  # data type of the weights; auto is the fastest for this device
 
-LIMITS = {(1, 1e9): 'num_samples max_new_tokens', (0, 1e9): 'temperature top_k',
-          (1e-9, 1): 'top_p', (0, 2**63 - 1): 'seed'}
+LIMITS = dict(num_samples=(1, 1e9), max_new_tokens=(1, 1e9), temperature=(0, 1e9),
+              top_k=(0, 1e9), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
 CHOICES = {'weights': ('best', 'last'), 'dtype': DTYPES}
 
 @torch.inference_mode()
@@ -62,7 +62,7 @@ def main():
 
     # weights
     source = find_weights()
-    with one_line_errors(f'cannot use {source}: '):
+    with usable(source):
         model, tokenizer = load(source, tell=True)
     if export:
         return export_model(model, tokenizer)
@@ -307,4 +307,4 @@ def stored_linear(linear, dtype):
     return lambda x: product(x).float() if bias is None else product(x).float() + bias
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

@@ -70,21 +70,17 @@ def hub_cache():
 
 
 def read_pretrained(source, weights=True):
-    """Return the GPT-2 that source names as a dict: model_args, tokenizer, model."""
     from dataclasses import asdict
 
     from data.tokenizers import pretrained_tokenizer
-    folder = gpt2_folder(source)
-    config = gpt2_config(folder)
-    found = {'model_args': asdict(config),
-             'tokenizer': pretrained_tokenizer(source, config.vocab_size)}
-    return found | {'model': load_gpt2(folder).state_dict()} if weights else found
-
-
-def write_pretrained(folder, model, tokenizer):
-    """Write a folder that GPT2LMHeadModel and AutoTokenizer of transformers read."""
-    save_gpt2(model, folder, tokenizer.eot)
-    tokenizer.save_pretrained(folder)
+    if source not in GPT2_NAMES and not os.path.isdir(source):
+        raise ValueError(f'init_from={source}: init_from is one of scratch, resume, auto, '
+                         f'{", ".join(GPT2_NAMES)}, or a folder')
+    c = gpt2_config(gpt2_folder(source, ['config.json']))
+    found = {'model_args': asdict(c), 'tokenizer': pretrained_tokenizer(source, c.vocab_size)}
+    if weights:
+        found['model'] = load_gpt2(gpt2_folder(source)).state_dict()
+    return found
 
 
 # -----------------------------------------------------------------------------

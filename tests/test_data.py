@@ -321,7 +321,7 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
             (['--input=latin1.txt', '--name=x', '--tokenizer=word'], 'one of char, bpe, gpt2'),
             (['--input=latin1.txt', '--name=x', '--unknown=keep'], 'unknown is drop')):
         with pytest.raises(SystemExit) as e:
-            configure(vars(own_text), arguments)
+            configure('data.text.prepare', arguments)
             own_text.main()
         err = capsys.readouterr().err
         assert e.value.code == 2
@@ -965,7 +965,7 @@ def questions(n):
 
 def hellaswag(capsys, *arguments):
     """Run data/hellaswag/evaluate.py and return its result."""
-    configure(vars(evaluate), arguments)
+    configure('data.hellaswag.evaluate', arguments)
     evaluate.main()
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 

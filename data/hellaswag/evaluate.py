@@ -90,4 +90,4 @@ def score_endings(model, context, endings, process):
     return sums, sums / (targets >= 0).sum(dim=1)
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)
