@@ -29,9 +29,9 @@ from configurator import (
 from data.build import read_text
 from data.checkpoints import checkpoint_path, load_checkpoint, load_model
 from data.files import cannot_write
-from data.huggingface import gpt2_folder, load_gpt2, save_gpt2
+from data.huggingface import read_pretrained, write_pretrained
 from data.runs import read_runs
-from data.tokenizers import CharTokenizer, pretrained_tokenizer, tokenizer_from_dict
+from data.tokenizers import CharTokenizer, tokenizer_from_dict
 
 # -----------------------------------------------------------------------------
 # settings
@@ -110,8 +110,8 @@ def read_weights(source):
     path = checkpoint_path(source)
     if not path and not source.endswith(('.pth', '.pt')):
         with one_line_errors(f'--init_from={source}: '):
-            model = load_gpt2(gpt2_folder(source))
-            saved = pretrained_tokenizer(source, model.config.vocab_size)
+            checkpoint = read_pretrained(source)
+        model, saved = load_model(source, checkpoint), checkpoint['tokenizer']
         words = f'weights of {source}, {model.num_params(False):,} parameters'
         return model, tokenizer_from_dict(saved), words
     path = path or source
@@ -173,8 +173,7 @@ def export_model(model, tokenizer):
     with one_line_errors(f'--export={export}: '):
         os.makedirs(export, exist_ok=True)
         try:
-            save_gpt2(model, export, tokenizer.eot)
-            tokenizer.save_pretrained(export)
+            write_pretrained(export, model, tokenizer)
         except (ValueError, OSError) as e:
             shutil.rmtree(export, ignore_errors=True)
             if isinstance(e, OSError):

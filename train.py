@@ -24,8 +24,8 @@ from configurator import Process, configure, fail, one_line_errors, run_main, se
 from data import checkpoints, runs
 from data.checkpoints import checkpoint_path
 from data.dataset import divide, open_dataset
-from data.huggingface import gpt2_config, gpt2_folder, load_gpt2
-from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
+from data.huggingface import read_pretrained
+from data.tokenizers import tokenizer_from_dict
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, shard
 from sample import continue_text, pick_prompt
 
@@ -654,12 +654,17 @@ def find_gpt2(init_from, wanted, process):
     """
     def load():
         with one_line_errors(f'--init_from={init_from}: '):
-            folder = gpt2_folder(init_from, process=process)
-            return load_gpt2(folder, wanted.block_size, wanted.dropout)
+            checkpoint = read_pretrained(init_from)
+        wpe = checkpoint['model']['transformer.wpe.weight']
+        checkpoint['model']['transformer.wpe.weight'] = wpe[:wanted.block_size]
+        return checkpoints.load_model(init_from, checkpoint, **changes)
+    changes = {'block_size': wanted.block_size, 'dropout': wanted.dropout}
     with one_line_errors(f'--init_from={init_from}: '):
-        folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
-        shape = gpt2_config(folder, wanted.block_size, wanted.dropout)
-        return shape, pretrained_tokenizer(init_from, shape.vocab_size), load
+        found = read_pretrained(init_from, weights=False)  # the weights come later
+        if wanted.block_size > found['model_args']['block_size']:
+            raise ValueError(f'block_size={wanted.block_size} but the model has '
+                             f'{found["model_args"]["block_size"]} positions')
+        return GPTConfig(**found['model_args'] | changes), found['tokenizer'], load
 
 def check_weights(shape, theirs, tokenizer, settings, given):
     """Fail if the settings or the data contradict loaded weights.

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import DTYPES, fail, one_line_errors, run_main, setup
+from data.checkpoints import load_model
 from data.downloads import DownloadError, download_resumable
 from data.files import DATA_DIR
-from data.huggingface import GPT2_NAMES, gpt2_folder, load_gpt2
-from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
+from data.huggingface import GPT2_NAMES, read_pretrained
+from data.tokenizers import tokenizer_from_dict
 
 # -----------------------------------------------------------------------------
 # settings
@@ -45,8 +46,9 @@ def main():
     with open(path, encoding='utf-8') as f:
         rows = [json.loads(line) for line in f]
     with one_line_errors(f'--init_from={init_from}: '):
-        model = load_gpt2(gpt2_folder(init_from, process=process))
-        tokenizer = tokenizer_from_dict(pretrained_tokenizer(init_from, model.config.vocab_size))
+        checkpoint = read_pretrained(init_from)
+        model = load_model(init_from, checkpoint)
+        tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
         acc, acc_norm = hellaswag(model.eval().to(process.device), tokenizer, rows, process)
     process.print(f'{init_from} on {len(rows):,} questions of HellaSwag: '
                   f'acc={acc:.4f} acc_norm={acc_norm:.4f}')
