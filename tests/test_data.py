@@ -34,7 +34,7 @@ from data import bpe as bpe_training
 from data import build, checkpoints, dataset, downloads, files, huggingface
 from data.dataset import Tokens
 from data.downloads import DownloadError, download, download_resumable, fetch
-from data.huggingface import gpt2_folder, load_gpt2, save_gpt2
+from data.huggingface import read_pretrained, write_pretrained
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 from model import GPT, GPTConfig
 
@@ -884,7 +884,7 @@ GPT2_BASE = '/openai-community/gpt2/resolve/main/'
 
 
 @pytest.fixture
-def gpt2_hub(hub, tmp_path, monkeypatch):
+def gpt2_hub(hub, bpe, tmp_path, monkeypatch):
     """Make the hub serve a tiny model as gpt2, for an empty cache; return the model."""
     monkeypatch.setattr(huggingface, 'DATA_DIR', str(tmp_path / 'data'))
     monkeypatch.setenv('HF_ENDPOINT', hub)
@@ -900,47 +900,28 @@ def gpt2_like(folder):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=8))
     os.makedirs(folder)
-    save_gpt2(model, folder)
+    write_pretrained(folder, model, GPT2Tokenizer())
     return model
 
 
-def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(gpt2_hub, tmp_path, capsys):
+def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(gpt2_hub, tmp_path):
     served, Hub.files = Hub.files, {}
-    with pytest.raises(SystemExit) as e:
-        gpt2_folder('gpt2')
-    assert e.value.code == 2
-    assert re.search(r'no weights of gpt2: .*HTTP status 404. Get \S+config.json .*save it as',
-                     capsys.readouterr().err)
+    with pytest.raises(ValueError, match=r'no weights of gpt2: .*HTTP status 404.*save it as'):
+        read_pretrained('gpt2')
     Hub.files, Hub.budget = served, 100  # the connection breaks
-    with pytest.raises(SystemExit):
-        gpt2_folder('gpt2')
-    folder = gpt2_folder('gpt2')
-    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2')
-    assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
-    back = load_gpt2(folder).state_dict()
+    with pytest.raises(ValueError):
+        read_pretrained('gpt2')
+    folder = tmp_path / 'data' / 'gpt2_weights' / 'gpt2'
+    back = read_pretrained('gpt2')['model']
+    assert {'config.json', 'model.safetensors'} <= set(os.listdir(folder))
     assert all(torch.equal(back[k], v) for k, v in gpt2_hub.state_dict().items())
     assert (GPT2_BASE + 'config.json', 100) in Hub.requests  # it continued
     Hub.requests.clear()
-    assert gpt2_folder('gpt2') == folder and not Hub.requests
+    assert read_pretrained('gpt2')['model'].keys() == back.keys() and not Hub.requests
     cache = tmp_path / 'cache' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
     shutil.copytree(folder, cache)
-    assert gpt2_folder('gpt2') == str(cache)
-    assert gpt2_folder(folder) == folder
-
-
-def test_weights_are_downloaded_while_the_other_ranks_wait(gpt2_hub, tmp_path):
-    turns = []
-
-    class FirstRank(Process):
-        def once_per_node(self, work):
-            turns.append('download')
-            work()
-            Hub.files = {}  # nothing is left to download afterwards
-
-    process = FirstRank(torch.device('cpu'), torch.float32)
-    folder = gpt2_folder('gpt2', process=process)
-    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2') and turns == ['download']
-    assert gpt2_folder(folder, process=process) == folder and turns == ['download']
+    shutil.rmtree(folder)
+    assert read_pretrained('gpt2')['model'].keys() == back.keys() and not Hub.requests
 
 
 def test_a_contradiction_is_found_before_weights_are_fetched(
