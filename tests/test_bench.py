@@ -87,9 +87,9 @@ def test_a_slow_first_repeat_of_a_sample_is_shown(process, monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--init_from=gpt2'], 'init_from=gpt2: init_from is one of scratch'),
-    (['--task=hellaswag'], 'task is one of speed, sample'),
-    (['--bench_steps=0'], 'bench_steps is'), (['--n_embd=385'], 'n_embd=385')])
+    (['--init_from=gpt2'], 'init_from=gpt2 must be one of scratch'),
+    (['--task=hellaswag'], 'task=hellaswag must be one of speed, sample'),
+    (['--bench_steps=0'], 'bench_steps=0 must be'), (['--n_embd=385'], 'n_embd=385')])
 def test_mistakes_end_with_one_line(capsys, arguments, words):
     with pytest.raises(SystemExit) as e:
         bench_settings(*arguments)
@@ -101,7 +101,7 @@ def test_mistakes_end_with_one_line(capsys, arguments, words):
 def test_a_mistake_on_the_command_line_ends_with_one_line(project):
     out, err = script(project, 'bench.py', '--init_from=gpt2', code=2)
     assert not out
-    assert err.startswith('error: ') and 'init_from is one of scratch' in err
+    assert err.startswith('error: ') and 'init_from=gpt2 must be one of' in err
     assert len(err.splitlines()) == 1
 
 
