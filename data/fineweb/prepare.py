@@ -30,23 +30,15 @@ HEADER = 1024  # bytes; the header begins with three int32: 20240520, 1, number 
 def main():
     if not 1 <= shards <= 103:
         fail(f'--shards={shards}: shards is at least 1 and at most 103')
-    with open(__file__) as script:
-        lock(script, 'waiting for another process, which prepares FineWeb')
-        prepare()
-    print('now train on it: python train.py config/train_gpt2_fineweb.py')
-
-
-def prepare():
-    """Make the dataset; what an earlier run has made stays."""
+    script = open(__file__)  # stays open, and so locked, until the end
+    lock(script, 'waiting for another process, which prepares FineWeb')
     have = sum(os.path.getsize(os.path.join(FOLDER, f)) for f in os.listdir(FOLDER) if '.bin' in f)
-    # one shard more, because a shard is removed only after its tokens have been appended
     need_space(FOLDER, max(0, 2 * SHARD_TOKENS * (shards + 1) + 2 * VAL_TOKENS - have))
     tokenizer = GPT2Tokenizer()
-    tokens, sizes = {}, {}
-    identity = hashlib.sha256()
-    train_names = [f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1)]
-    for split, names, count in (('val', ['fineweb_val_000000.bin'], VAL_TOKENS),
-                                ('train', train_names, SHARD_TOKENS)):
+    tokens, sizes, identity = {}, {}, hashlib.sha256()
+    val = ['fineweb_val_000000.bin']
+    train = [f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1)]
+    for split, names, count in (('val', val, VAL_TOKENS), ('train', train, SHARD_TOKENS)):
         path = os.path.join(FOLDER, f'{split}.bin')
         try:
             assemble(path, names, count)
@@ -58,6 +50,7 @@ def prepare():
         sizes[split] = text_size(path, tokenizer)
         identity.update(repr((names, [count] * len(names))).encode())
     write_meta(FOLDER, tokenizer, 'kjj0/fineweb10B-gpt2', identity.hexdigest(), tokens, sizes)
+    print('now train on it: python train.py config/train_gpt2_fineweb.py')
 
 
 def assemble(path, names, count):
@@ -88,7 +81,7 @@ def assemble(path, names, count):
 def read_shard(path, count):
     """Return the first `count` tokens of the shard at path."""
     header = np.fromfile(path, '<i4', count=3).tolist()
-    ids = np.fromfile(path, '<u2', offset=HEADER)
+    ids = np.fromfile(path, '<u2')[HEADER // 2:]
     if header[:2] != [20240520, 1] or len(ids) != min(header[2], count):
         os.remove(path)
         fail(f'{path} was not a shard of tokens ({len(ids):,} tokens after the header {header}), '

@@ -13,13 +13,11 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's fol
 from configurator import fail, run_main
 from data.build import Texts, write_dataset
 from data.downloads import DownloadError, download_resumable, hub_address
-from data.files import DATA_DIR, need_space
+from data.files import DATA_DIR
 
 mb = 0  # megabytes of stories to train on; 0: all of them
 vocab_size = 4096  # number of tokens
 
-FOLDER = os.path.join(DATA_DIR, 'tinystories')
-SIZES = 2_230_000_000, 23_000_000  # bytes of the stories for training and validation, about
 SEPARATOR = '<|endoftext|>'  # between two stories
 
 
@@ -27,10 +25,6 @@ def main():
     if mb < 0 or not 257 <= vocab_size <= 65536:
         fail(f'--mb={mb} --vocab_size={vocab_size}: mb is at least 0, vocab_size is at least 257 '
              'and at most 65,536')
-    size = (mb * 1_000_000 or SIZES[0]) + SIZES[1]
-    have = sum(os.path.getsize(os.path.join(FOLDER, name)) for name in os.listdir(FOLDER)
-               if name.startswith('TinyStories'))
-    need_space(FOLDER, max(0, size - have) + 0.6 * size, 'the stories and their tokens take')
     train = download_stories('train', mb)
     val = download_stories('valid')
     texts = Texts(train, val, separator=SEPARATOR)
@@ -42,7 +36,7 @@ def download_stories(kind, mb=0):
     """Return the path of the stories, downloaded if they are missing: all, or so many megabytes."""
     name = f'TinyStoriesV2-GPT4-{kind}'
     part = f'-{mb}MB' if mb else ''
-    path = os.path.join(FOLDER, f'{name}{part}.txt')
+    path = os.path.join(DATA_DIR, 'tinystories', f'{name}{part}.txt')
     url = f'{hub_address()}/datasets/roneneldan/TinyStories/resolve/main/{name}.txt'
     try:
         download_resumable(url, path, end=mb * 1_000_000)
