@@ -90,10 +90,9 @@ def download_subset(tar):
     """Download a subset to the path `tar` unless it is there."""
     url = f'{hub_address()}/datasets/Skylion007/openwebtext/resolve/main/subsets/'
     try:
-        if not os.path.exists(tar):
-            download_resumable(url + os.path.basename(tar), tar)
+        download_resumable(url + os.path.basename(tar), tar)
     except DownloadError as e:
-        fail(f'{e}: run this again to continue')
+        fail(str(e))
 
 
 def append_subset(tar, parts, begins, pool, batch_size):
