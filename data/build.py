@@ -1,7 +1,7 @@
 """
-From texts of any size to a dataset. The texts are read as a stream, twice: a survey collects what a
-new tokenizer is made from; then they are divided into training and validation, tokenized by several
-threads, and written.
+From texts of any size to a dataset. The texts are read as a stream, twice: first to make a
+tokenizer, or to check a given one; then they are divided into training and validation, tokenized by
+several threads, and written.
 """
 import codecs
 import contextlib
@@ -15,7 +15,6 @@ import re
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -41,120 +40,107 @@ def write_dataset(name, texts, kind, drop=False, vocab_size=4096, val_fraction=0
     val_paths: the files for validation, if they are chosen already.
     """
     texts = texts if isinstance(texts, Texts) else Texts(texts)
-    if kind == 'gpt2':
-        kind = {'kind': 'gpt2'}
-    tokenizer = tokenizer_from_dict(kind) if isinstance(kind, dict) else None
-    found = survey(texts, kind, tokenizer)
-    documents = '' if texts.single else f' in {found.documents:,} documents'
-    print(f'{texts.name}: {found.characters:,} characters{documents}', flush=True)
-    if found.missing:
-        report_missing(found, drop)
-    tokenizer = tokenizer or make_tokenizer(kind, found, vocab_size)
-    parts = divide(texts, found, tokenizer, val_fraction, val_paths)
+    missing = Counter()
+    if kind == 'char':
+        tokenizer = learn_characters(texts)
+    elif kind == 'bpe':
+        tokenizer = learn_byte_pairs(texts, vocab_size)
+    else:
+        tokenizer = tokenizer_from_dict({'kind': 'gpt2'} if kind == 'gpt2' else kind)
+        missing = missing_characters(texts, tokenizer, drop)
+    print(f'{texts.name}: {texts.characters:,} characters, documents: {texts.documents:,}')
+    parts = divide(texts, tokenizer, missing, val_fraction, val_paths)
     source = os.path.basename(os.path.normpath(texts.name))
     with one_line_errors(f'{texts.name}: '):  # a text that changes meanwhile has new characters
         write_tokens(os.path.join(DATA_DIR, name), tokenize(parts, tokenizer), tokenizer, source,
-                     found.sha256)
+                     texts.digest.hexdigest())
 
 
-@dataclass
-class Survey:
-    """What is known about texts after they have been read once."""
-    documents: int = 0
-    characters: int = 0
-    alphabet: set = field(default_factory=set)  # the different characters, for kind='char'
-    pieces: Counter = field(default_factory=Counter)  # see data/bpe.py, for kind='bpe'
-    sampled: int = 0  # number of characters whose pieces were counted
-    missing: Counter = field(default_factory=Counter)  # characters that a given tokenizer lacks
-    sha256: str = ''  # of the bytes of the text
-
-
-def survey(texts, kind, tokenizer):
-    """Return the Survey of texts. tokenizer: the one to use, or None if it is yet to be made."""
-    found = Survey()
-    limited = isinstance(tokenizer, CharTokenizer)
+def learn_characters(texts):
+    """Return the tokenizer of the characters in the texts."""
+    alphabet = set()
     for text in texts.blocks('reading'):
-        if text is None:
-            found.documents += 1
-            continue
-        found.characters += len(text)
-        if kind == 'char':
-            found.alphabet.update(text)
-        # a large text: count pieces in a sample that is spread evenly
-        if kind == 'bpe' and found.sampled <= SAMPLE * texts.position / texts.size:
-            found.pieces.update(count_pieces([text]))
-            found.sampled += len(text)
-        if limited:
-            for character in tokenizer.missing(text):
-                found.missing[character] += text.count(character)
-    if not texts.single:  # divide puts a line break after each document
-        found.alphabet.add('\n')
-        if limited and tokenizer.missing('\n'):
-            found.missing['\n'] += found.documents
-    found.sha256 = texts.digest.hexdigest()
-    return found
+        alphabet.update(text or texts.line_break)
+    tokenizer = CharTokenizer(alphabet)
+    print(f'vocabulary: {tokenizer.vocab_size:,} characters {tokenizer.chars[:200]!r}')
+    if tokenizer.vocab_size > MANY_CHARACTERS:
+        print('note: byte pairs suit this text better (--tokenizer=bpe)')
+    return tokenizer
 
 
-def report_missing(found, drop):
-    """Say which characters the tokenizer lacks. Fail unless they may be left out."""
-    lost = sum(found.missing.values())
-    what = (f'{lost:,} of {found.characters:,} characters are not in the '
-            f'vocabulary: {" ".join(map(repr, sorted(found.missing)[:50]))}')
-    if not drop:
-        fail(f'{what}: leave them out with --unknown=drop')
-    print(f'note: {what}: they are left out')
-
-
-def make_tokenizer(kind, found, vocab_size):
-    """Return a new tokenizer for the texts of a Survey: of their characters, or of byte pairs."""
-    if kind == 'char':
-        tokenizer = CharTokenizer(found.alphabet)
-        print(f'vocabulary: {tokenizer.vocab_size:,} characters {tokenizer.chars[:200]!r}')
-        if tokenizer.vocab_size > MANY_CHARACTERS:
-            print('note: byte pairs suit this text better (--tokenizer=bpe)')
-        return tokenizer
-    print(f'training {vocab_size:,} tokens on {found.sampled:,} characters', flush=True)
-    tokens = [to_letters(token) for token in train_bpe(found.pieces, vocab_size - 1)]
+def learn_byte_pairs(texts, vocab_size):
+    """Return a tokenizer of byte pairs that is trained on the texts."""
+    pieces, sampled = Counter(), 0
+    for text in texts.blocks('reading'):
+        # of a large text, take a sample that is spread evenly
+        if text and sampled <= SAMPLE * texts.position / texts.size:
+            pieces.update(count_pieces([text]))
+            sampled += len(text)
+    print(f'training {vocab_size:,} tokens on {sampled:,} characters', flush=True)
+    tokens = [to_letters(token) for token in train_bpe(pieces, vocab_size - 1)]
     eot = len(tokens)
     print(f'vocabulary: {eot + 1:,} byte pairs')
     return BytePairTokenizer(PATTERN, [*tokens, '<|endoftext|>'], [eot], eot)
 
 
-def divide(texts, found, tokenizer, val_fraction, val_paths):
+def missing_characters(texts, tokenizer, drop):
+    """Count the characters that a given tokenizer lacks. Fail unless they may be left out."""
+    missing = Counter()
+    for text in texts.blocks('reading'):
+        if isinstance(tokenizer, CharTokenizer):
+            text = text or texts.line_break
+            for character in tokenizer.missing(text):
+                missing[character] += text.count(character)
+    if missing:
+        shown = ' '.join(map(repr, sorted(missing)[:50]))
+        what = (f'{sum(missing.values()):,} of {texts.characters:,} characters are not in the '
+                f'vocabulary: {shown}')
+        if not drop:
+            fail(f'{what}: leave them out with --unknown=drop')
+        print(f'note: {what}: they are left out')
+    return missing
+
+
+def divide(texts, tokenizer, missing, val_fraction, val_paths):
     """Yield (split, text): the texts in blocks; the text None stands for an end-of-text token.
 
-    found: the Survey of the texts; its missing characters are left out.
+    missing: the characters to leave out. The texts have been read once, so their size is known.
     """
-    by_document = val_paths or found.documents >= MANY_DOCUMENTS
-    train_size = int(found.characters * (1 - Fraction(str(val_fraction))))  # 0.1 is exactly a tenth
-    dropped = dict.fromkeys(map(ord, found.missing))
-    end = '\n'.translate(dropped) if tokenizer.eot is None else None
+    by_document = val_paths or texts.documents >= MANY_DOCUMENTS
+    size = texts.characters - sum(missing.values())
+    train_size = int(size * (1 - Fraction(str(val_fraction))))  # 0.1 is exactly a tenth
+    before = texts.digest.hexdigest()
+    dropped = dict.fromkeys(map(ord, missing))
+    end = texts.line_break.translate(dropped)
+    if tokenizer.eot is not None and not texts.single:
+        end = None
     position, split = 0, None
     for text in texts.blocks('tokenizing'):
         if text is None:
-            if not texts.single:
-                yield split, end
+            yield split, end
             split = None
-        elif by_document:
+            continue
+        text = text.translate(dropped)
+        if by_document:
             if split is None:
                 chosen = texts.path in val_paths
                 if not val_paths:
-                    chosen = is_val(text.translate(dropped).encode(), val_fraction)
+                    chosen = is_val(text.encode(), val_fraction)
                 split = 'val' if chosen else 'train'
-            yield split, text.translate(dropped)
+            yield split, text
         else:
             n = max(train_size - position, 0)
-            yield 'train', text[:n].translate(dropped)
-            yield 'val', text[n:].translate(dropped)
+            yield 'train', text[:n]
+            yield 'val', text[n:]
             position += len(text)
             split = 'train' if position <= train_size else 'val'
-    if texts.digest.hexdigest() != found.sha256:
+    if texts.digest.hexdigest() != before:
         fail(f'{texts.name} has changed while it was read: run this again')
 
 
 def tokenize(parts, tokenizer):
     """Yield (split, ids, bytes of text) for parts, which are pairs as divide yields them."""
-    # threads, because tiktoken works outside of Python's lock. More than 16 would wait for the text
+    # tiktoken works outside of Python's lock. More than 16 threads would wait for the text
     threads = min(16, os.cpu_count())
     with ThreadPoolExecutor(threads) as pool:
         futures = deque()
@@ -236,8 +222,11 @@ class Texts:
     """The documents in the files that `sources` name.
 
     separator: the string between two documents of a file, or ''. single: whether the input is one
-    plain file, and so one document. size: the bytes of the files. While they are read, path is the
-    file in work, position the number of bytes done, and digest a hash of the text's bytes so far.
+    plain file, and so one document. line_break: what follows each document if the tokenizer has no
+    end-of-text token. size: the bytes of the files.
+
+    While the texts are read, path is the file in work. Read so far are `position` bytes of the
+    files, `characters`, and `documents`; `digest` is a hash of the text's bytes.
     """
 
     def __init__(self, *sources, separator=''):
@@ -246,6 +235,7 @@ class Texts:
         self.separator = separator
         one_plain_file = len(self.paths) == 1 and not self.paths[0].endswith(JSONL)
         self.single = one_plain_file and not separator
+        self.line_break = '' if self.single else '\n'
         self.size = sum(map(os.path.getsize, self.paths))
 
     def blocks(self, work):
@@ -253,20 +243,23 @@ class Texts:
 
         work: what the texts are read for, shown on a terminal.
         """
-        self.digest, self.position = hashlib.sha256(), 0
+        self.position = self.characters = self.documents = 0
+        self.digest = hashlib.sha256()
         return show_progress(self.read(), work, self.size, lambda: self.position)
 
     def read(self):
         for self.path in self.paths:
-            for document in self.documents():
-                empty = True
-                for block in filter(None, cut(document)):
-                    yield block
-                    empty = False
-                if not empty:
+            for document in self.read_file():
+                before = self.characters
+                for block in cut(document):
+                    if block:
+                        self.characters += len(block)
+                        yield block
+                if self.characters > before:
+                    self.documents += 1
                     yield None
 
-    def documents(self):
+    def read_file(self):
         """Yield each document of the file in work as an iterable of strings."""
         if self.path.endswith(JSONL):
             for i, line in enumerate(split_at('\n', self.strings()), start=1):

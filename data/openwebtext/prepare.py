@@ -1,5 +1,5 @@
 """
-OpenWebText in GPT-2's tokens. Makes train.bin (17 GB) and val.bin from 21 subsets of 0.6 GB each.
+OpenWebText in GPT-2's tokens: train.bin (17 GB), val.bin and meta.json from 21 subsets of 0.6 GB.
 
     python data/openwebtext/prepare.py --subsets=21
 
@@ -58,8 +58,7 @@ def prepare_subset(folder, tokenizer):
     url = f'{hub_address()}/datasets/{SOURCE}/resolve/main/subsets/{name}'
     tar = os.path.join(folder, name)
     try:
-        if not os.path.exists(tar):
-            download_resumable(url, tar)
+        download_resumable(url, tar)
         write_tokens(folder, tokenize(read_documents(tar), tokenizer), tokenizer, SOURCE, name)
     except DownloadError as e:
         fail(f'{e}: run this again to continue')
@@ -70,7 +69,7 @@ def prepare_subset(folder, tokenizer):
 
 
 def read_documents(tar):
-    """Yield (split, text) for each document of a subset; the text None stands for its end."""
+    """Yield (split, text) of each document in a subset; then None instead of its text."""
     with tarfile.open(tar, 'r|') as archives:
         for member in archives:
             if member.name.endswith('.xz'):
@@ -79,6 +78,7 @@ def read_documents(tar):
 
 
 def read_archive(archive):
+    """Do the same for an archive of a subset."""
     with tarfile.open(fileobj=archive, mode='r|xz') as documents:
         for member in documents:
             if member.name.endswith('.txt'):

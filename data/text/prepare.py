@@ -30,10 +30,9 @@ from data.tokenizers import pretrained_tokenizer, tokenizer_size
 input = ''  # UTF-8 text: a file, a folder or a pattern, also of .gz and .jsonl files
 name = ''  # name of the dataset
 tokenizer = 'char'  # char: one token per character | bpe: made for this text | gpt2 | a run
-vocab_size = 4096  # number of tokens, for --tokenizer=bpe
+vocab_size = 0  # number of tokens for --tokenizer=bpe, at least 257; 0: 4096 tokens
 val_fraction = 0.1  # fraction for validation: of the text, or of its documents if 100 or more
 unknown = ''  # drop: leave out characters that the given tokenizer lacks
-_given = set()  # the keys that the user gave, filled by configure
 
 
 def main():
@@ -45,7 +44,7 @@ def main():
             kind = read_tokenizer(tokenizer)
         if is_run(tokenizer):
             start = f'--init_from={tokenizer} '
-    write_dataset(name, Texts(input), kind, unknown == 'drop', vocab_size, val_fraction)
+    write_dataset(name, Texts(input), kind, unknown == 'drop', vocab_size or 4096, val_fraction)
     print(f'now train on it: python train.py {start}--dataset={name} --out_dir=out-{name}')
 
 
@@ -60,11 +59,8 @@ def check_settings():
     if tokenizer not in ('char', 'bpe', *GPT2_NAMES) and not os.path.exists(tokenizer):
         fail(f"--tokenizer={tokenizer}: tokenizer is one of char, bpe, gpt2, or the path of a "
              "run's folder, a checkpoint, or a tokenizer.json")
-    if 'vocab_size' in _given and tokenizer != 'bpe':
-        fail('--vocab_size is for --tokenizer=bpe')
-    if not 257 <= vocab_size <= 1_000_000:
-        fail(f'--vocab_size={vocab_size}: vocab_size is at least 257 (the bytes, and end-of-text) '
-             'and at most 1,000,000')
+    if vocab_size and (tokenizer != 'bpe' or vocab_size < 257):
+        fail(f'--vocab_size={vocab_size}: vocab_size is for --tokenizer=bpe, and at least 257')
     if not 0 < val_fraction < 1:
         fail(f'--val_fraction={val_fraction}: val_fraction is above 0 and below 1')
     if unknown not in ('', 'drop'):
