@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from configurator import fail, one_line_errors, say, torchrun
-from data.files import DATA_DIR, sha256_file, show_progress, write_atomic
+from data.files import DATA_DIR, sha256_file, show_progress, take_turns, write_atomic
 from data.tokenizers import tokenizer_from_dict, tokenizer_size
 
 SPLITS = ('train', 'val')
@@ -55,12 +55,13 @@ def open_dataset(name, block_size, process):
 
 def complete_dataset(name):
     """Prepare Shakespeare if it is missing, and write the meta.json of a folder of nanoGPT."""
-    missing = missing_file(name)
-    if missing == 'meta.json':
+    if missing_file(name) == 'meta.json':
         adopt_nanogpt(name)
-    elif missing and name in FIRST_USE:
-        say(f'no {missing} in data/{name} yet: running data/{name}/prepare.py')
-        importlib.import_module(f'data.{name}.prepare').main()
+    elif missing_file(name) and name in FIRST_USE:
+        with take_turns(DATA_DIR):  # perhaps another run prepares it at this moment
+            if missing := missing_file(name):
+                say(f'no {missing} in data/{name} yet: running data/{name}/prepare.py')
+                importlib.import_module(f'data.{name}.prepare').main()
 
 
 def missing_file(name):

@@ -108,6 +108,17 @@ def lock(file, note=''):
         return first_line(e)
 
 
+@contextlib.contextmanager
+def take_turns(folder):
+    """Let one process at a time work in a folder. Nobody waits where a folder cannot be locked."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock(descriptor, f'waiting for another process to finish {folder}')
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def show_progress(items, work, size=None, position=None):
     """Yield from `items`, and show the progress of long work on a terminal.
 

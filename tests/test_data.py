@@ -322,31 +322,36 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
     assert sorted(os.listdir(project / 'data')) == before
 
 
-def test_while_a_dataset_is_replaced_it_has_no_meta_json(project, text, monkeypatch):
+@pytest.mark.parametrize('last', ['write_meta', 'val.bin'])
+def test_while_a_dataset_is_replaced_it_has_no_train_bin(project, text, monkeypatch, last):
     build.write_dataset('replaced', str(text), 'char')
     folder = project / 'data' / 'replaced'
     assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
 
     def killed(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(build, 'write_meta', killed)
+    if last == 'write_meta':
+        monkeypatch.setattr(build, 'write_meta', killed)
+    else:  # the first file that gets its new name
+        monkeypatch.setattr(files, 'sync_folder', lambda _: monkeypatch.setattr(
+            os, 'replace', killed))
     with pytest.raises(KeyboardInterrupt):
         build.write_dataset('replaced', str(text), 'char')
-    assert sorted(os.listdir(folder)) == ['train.bin', 'val.bin']
+    assert sorted(os.listdir(folder)) == ['meta.json', 'val.bin']
 
 
-@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs a named pipe')
-def test_ctrl_c_ends_a_prepare_script_without_a_traceback(project, tmp_path):
-    os.mkfifo(tmp_path / 'endless')
+def test_ctrl_c_ends_a_prepare_script_without_a_traceback(project, text):
+    folder = project / 'data' / 'waits'
+    folder.mkdir()
     command = [sys.executable, str(project / 'data' / 'text' / 'prepare.py')]
-    command += [f'--input={tmp_path / "endless"}', '--name=x']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with open(tmp_path / 'endless', 'w'):  # opens as soon as the script reads
-        time.sleep(0.2)
+    command += [f'--input={text}', '--name=waits']
+    with files.take_turns(folder):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert 'waiting for another process' in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
     assert process.returncode == 130 and err == 'error: interrupted\n'
-    assert not (project / 'data' / 'x').exists()
+    assert os.listdir(folder) == []
 
 
 def test_files_are_written_to_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
@@ -831,11 +836,12 @@ def owt_subset(texts, per_archive=7):
 
 
 def prepare_openwebtext(n):
-    configure(vars(openwebtext), [f'--subsets={n}', '--processes=1'])
+    configure(vars(openwebtext), [f'--subsets={n}'])
     openwebtext.main()
 
 
-def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(project, hub, bpe, monkeypatch):
+def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(
+        project, hub, bpe, monkeypatch, capsys):
     base = '/datasets/Skylion007/openwebtext/resolve/main/subsets/'
     folder = project / 'data' / 'openwebtext'
     monkeypatch.setattr(openwebtext, 'need_space', lambda *_: None)
@@ -853,17 +859,24 @@ def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(project, hub, b
     Hub.budget = 3000  # the connection breaks in the first subset
     with pytest.raises(SystemExit):
         prepare_openwebtext(2)
-    assert 0 < os.path.getsize(folder / 'urlsf_subset00.tar.part') <= 3000
+    assert 0 < os.path.getsize(folder / 'subset00' / 'urlsf_subset00.tar.part') <= 3000
     Hub.requests.clear()
     second = Hub.files.pop(f'{base}urlsf_subset01.tar')  # the second subset is missing
     with pytest.raises(SystemExit):
         prepare_openwebtext(2)
     assert Hub.requests[0][1] > 0
-    assert json.load(open(folder / 'progress.json'))['done'] == 1
-    with open(folder / 'train.bin.part', 'ab') as f:
-        f.write(b'half a subset')  # as if killed in the second subset
+    done = ['meta.json', 'train.bin', 'val.bin']
+    assert sorted(os.listdir(folder / 'subset00')) == done and not (folder / 'train.bin').exists()
+    # as if killed in the second subset
+    (folder / 'subset01' / 'train.bin.123.tmp').write_bytes(b'half a subset')
+    Hub.files[f'{base}urlsf_subset01.tar'] = second[:800]  # a damaged archive
+    with pytest.raises(SystemExit):
+        prepare_openwebtext(2)
+    assert 'subset01.tar was damaged' in capsys.readouterr().err
     Hub.files[f'{base}urlsf_subset01.tar'] = second
+    Hub.requests.clear()
     prepare_openwebtext(2)
+    assert [path for path, _ in Hub.requests] == [f'{base}urlsf_subset01.tar']
     tokenizer = GPT2Tokenizer()
     meta = json.load(open(folder / 'meta.json'))
     train_texts = [t for subset in texts for t in subset if t not in val_texts]
@@ -884,39 +897,30 @@ def test_validation_documents_are_chosen_by_hash():
     assert 20 < n < 90  # 50 are expected
 
 
-def test_tokenizing_keeps_documents_apart_and_counts_bytes(bpe, monkeypatch):
+def test_a_subset_is_read_as_documents(tmp_path, monkeypatch):
     archive = tar_xz([('a.txt', b'train me'), ('b.txt', 'validate ü'.encode()),
-                      ('c.pdf', b'no text')])
+                      ('c.pdf', b'no text'), ('d.txt', b'caf\xe9')])
+    with tarfile.open(tmp_path / 'subset.tar', 'w') as tar:
+        add_file(tar, 'README', b'no archive')
+        add_file(tar, 'a.xz', archive)
     monkeypatch.setattr(openwebtext, 'is_val', lambda text, _: text.startswith(b'validate'))
-    openwebtext.start_worker()
-    (train, train_bytes), (val, val_bytes) = openwebtext.tokenize(archive)
-    decode = openwebtext.tokenizer.decode
-    assert decode(train.tolist()) == 'train me<|endoftext|>' and train_bytes == 8
-    assert decode(val.tolist()) == 'validate ü<|endoftext|>' and val_bytes == 11
+    assert list(openwebtext.read_documents(tmp_path / 'subset.tar')) == [
+        ('train', 'train me'), ('train', None), ('val', 'validate ü'), ('val', None),
+        ('train', 'caf\ufffd'), ('train', None)]
 
 
-def test_an_openwebtext_part_that_is_gone_is_not_replaced_by_zeros(
-        tmp_path, bpe, monkeypatch, capsys):
-    folder = tmp_path / 'openwebtext'
-    folder.mkdir()
-    monkeypatch.setattr(openwebtext, 'DATA_DIR', str(tmp_path))
+def test_a_full_disk_is_not_taken_for_a_damaged_archive(project, bpe, monkeypatch, capsys):
+    tar = project / 'data' / 'openwebtext' / 'subset00' / 'urlsf_subset00.tar'
+    tar.parent.mkdir()
+    tar.write_bytes(owt_subset([b'text', b'validate']))
     monkeypatch.setattr(openwebtext, 'need_space', lambda *_: None)
-    progress = {'done': 1, 'sizes': [100, 0], 'bytes': [90, 0]}
-    (folder / 'progress.json').write_text(json.dumps(progress))
-    (folder / 'train.bin.part').write_bytes(bytes(99))
-    with pytest.raises(SystemExit) as e:
-        prepare_openwebtext(2)
-    assert e.value.code == 2
-    assert 'train.bin.part is shorter than' in capsys.readouterr().err
-    assert os.path.getsize(folder / 'train.bin.part') == 99
-    # a full disk is not taken for a damaged archive
-    os.remove(folder / 'progress.json')
-    (folder / 'urlsf_subset00.tar').write_bytes(owt_subset([b'text']))
+    monkeypatch.setattr(openwebtext, 'is_val', lambda text, _: text.startswith(b'validate'))
     monkeypatch.setattr(os, 'fsync', full_disk)
     with pytest.raises(SystemExit) as e:
-        prepare_openwebtext(2)
+        prepare_openwebtext(1)
     assert e.value.code == 1 and 'cannot write' in capsys.readouterr().err
-    assert (folder / 'urlsf_subset00.tar').exists()
+    assert os.listdir(tar.parent) == [tar.name]
+    shutil.rmtree(tar.parent)
 
 
 # -----------------------------------------------------------------------------
@@ -1097,14 +1101,15 @@ def test_a_text_in_blocks_has_the_tokens_of_the_whole(monkeypatch):
     patterns = [openai_public.r50k_pat_str, bpe_training.PATTERN]
     generator = np.random.default_rng(1)
     parts = list('ab1. \n\n\n\t!/’') + ['\r\n', "'s", 'é', '中', '  ', '\u3000', '\x85']
+    monkeypatch.setattr(build, 'BLOCK', 10)
     for _ in range(300):
         text = ''.join(generator.choice(parts, 200))
-        found = [block for block, _ in build.cut([text[:77], text[77:]], 10)]
+        found = list(build.cut([text[:77], text[77:]]))
         assert ''.join(found) == text
         for pattern in patterns:
             pieces = [piece for block in found for piece in regex.findall(pattern, block)]
             assert pieces == regex.findall(pattern, text)
-    assert len(list(build.cut(['ab\ncd' * 50], 10))) > 10
+    assert len(list(build.cut(['ab\ncd' * 50]))) > 10
 
 
 def test_an_evaluation_makes_few_logits_at_a_time(process, tmp_path):
