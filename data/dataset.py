@@ -56,7 +56,7 @@ def open_dataset(name, block_size, process):
 def complete_dataset(name):
     """Prepare Shakespeare if it is missing, and write the meta.json of a folder of nanoGPT."""
     if missing_file(name) == 'meta.json':
-        adopt_nanogpt(name)
+        adopt_nanogpt_folder(name)
     elif missing_file(name) and name in FIRST_USE:
         with take_turns(DATA_DIR):  # perhaps another run prepares it at this moment
             if missing := missing_file(name):
@@ -159,7 +159,7 @@ def text_size(path, tokenizer, dtype='uint16'):
 # -----------------------------------------------------------------------------
 # folders that nanoGPT prepared
 
-def adopt_nanogpt(name):
+def adopt_nanogpt_folder(name):
     """Write the meta.json of a folder data/NAME with the train.bin and val.bin of nanoGPT."""
     folder = os.path.join(DATA_DIR, name)
     with one_line_errors(f'data/{name} has no meta.json, and cannot be read as nanoGPT\'s: '):

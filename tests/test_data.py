@@ -36,7 +36,7 @@ from data import bpe as bpe_training
 from data import build, checkpoints, dataset, downloads, files, huggingface
 from data.dataset import Tokens
 from data.downloads import DownloadError, download, download_resumable, fetch
-from data.huggingface import gpt2_folder, load_gpt2, save_gpt2
+from data.huggingface import read_pretrained, write_pretrained
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 from model import GPT, GPTConfig
 
@@ -504,7 +504,7 @@ def test_a_meta_pkl_that_does_not_tell_the_characters_is_one_line(
 def test_a_checkpoint_of_nanogpt_finds_its_characters_in_nanogpts_folder(theirs):
     checkpoint = {'model': {}, 'best_val_loss': 1.5, 'config': {'dataset': 'theirs'},
                   'model_args': {'vocab_size': 16}}
-    checkpoints.adopt_nanogpt(checkpoint)
+    checkpoints.adopt_nanogpt_checkpoint(checkpoint)
     assert checkpoint['tokenizer']['chars'] == ''.join(theirs[2]['itos'].values())
 
 
@@ -930,7 +930,7 @@ GPT2_BASE = '/openai-community/gpt2/resolve/main/'
 
 
 @pytest.fixture
-def gpt2_hub(hub, tmp_path, monkeypatch):
+def gpt2_hub(hub, bpe, tmp_path, monkeypatch):
     """Make the hub serve a tiny model as gpt2, for an empty cache; return the model."""
     monkeypatch.setattr(huggingface, 'DATA_DIR', str(tmp_path / 'data'))
     monkeypatch.setenv('HF_ENDPOINT', hub)
@@ -946,47 +946,28 @@ def gpt2_like(folder):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=8))
     os.makedirs(folder)
-    save_gpt2(model, folder)
+    write_pretrained(folder, model, GPT2Tokenizer())
     return model
 
 
-def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(gpt2_hub, tmp_path, capsys):
+def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(gpt2_hub, tmp_path):
     served, Hub.files = Hub.files, {}
-    with pytest.raises(SystemExit) as e:
-        gpt2_folder('gpt2')
-    assert e.value.code == 2
-    err = capsys.readouterr().err
-    assert re.search(r'no weights of gpt2: \S+/config.json: HTTP status 404\. .*save it as', err)
+    with pytest.raises(ValueError, match=r'no weights of gpt2: .*HTTP status 404.*save it as'):
+        read_pretrained('gpt2')
     Hub.files, Hub.budget = served, 100  # the connection breaks
-    with pytest.raises(SystemExit):
-        gpt2_folder('gpt2')
-    folder = gpt2_folder('gpt2')
-    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2')
-    assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
-    back = load_gpt2(folder).state_dict()
+    with pytest.raises(ValueError):
+        read_pretrained('gpt2')
+    folder = tmp_path / 'data' / 'gpt2_weights' / 'gpt2'
+    back = read_pretrained('gpt2')['model']
+    assert {'config.json', 'model.safetensors'} <= set(os.listdir(folder))
     assert all(torch.equal(back[k], v) for k, v in gpt2_hub.state_dict().items())
     assert (GPT2_BASE + 'config.json', 100) in Hub.requests  # it continued
     Hub.requests.clear()
-    assert gpt2_folder('gpt2') == folder and not Hub.requests
+    assert read_pretrained('gpt2')['model'].keys() == back.keys() and not Hub.requests
     cache = tmp_path / 'cache' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
     shutil.copytree(folder, cache)
-    assert gpt2_folder('gpt2') == str(cache)
-    assert gpt2_folder(folder) == folder
-
-
-def test_weights_are_downloaded_while_the_other_ranks_wait(gpt2_hub, tmp_path):
-    turns = []
-
-    class FirstRank(Process):
-        def once_per_node(self, work):
-            turns.append('download')
-            work()
-            Hub.files = {}  # nothing is left to download afterwards
-
-    process = FirstRank(torch.device('cpu'), torch.float32)
-    folder = gpt2_folder('gpt2', process=process)
-    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2') and turns == ['download']
-    assert gpt2_folder(folder, process=process) == folder and turns == ['download']
+    shutil.rmtree(folder)
+    assert read_pretrained('gpt2')['model'].keys() == back.keys() and not Hub.requests
 
 
 def test_a_contradiction_is_found_before_weights_are_fetched(
@@ -1009,6 +990,13 @@ def questions(n):
     return [{'ctx': f'A man number {i}', 'endings': endings, 'label': i % 4} for i in range(n)]
 
 
+def hellaswag(capsys, *arguments):
+    """Run data/hellaswag/evaluate.py and return its result."""
+    configure('data.hellaswag.evaluate', arguments)
+    evaluate.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatch, capsys):
     gpt2_like(tmp_path / 'model')
     body = '\n'.join(map(json.dumps, questions(8))).encode()
@@ -1016,10 +1004,8 @@ def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, 'DATA_DIR', str(tmp_path))
     monkeypatch.setattr(evaluate, 'HELLASWAG', {'url': f'{hub}/hellaswag_val.jsonl',
                                                 'sha256': hashlib.sha256(body).hexdigest()})
-    configure('data.hellaswag.evaluate', [f'--init_from={tmp_path / "model"}', '--dtype=float32',
-                               '--device=cpu'])
-    evaluate.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = hellaswag(capsys, f'--init_from={tmp_path / "model"}', '--dtype=float32',
+                       '--device=cpu')
     assert result['n'] == 8 and 0 <= result['acc'] <= 1
     assert result['acc'] * 8 == round(result['acc'] * 8)
     os.remove(tmp_path / 'hellaswag' / 'hellaswag_val.jsonl')
@@ -1041,6 +1027,39 @@ def test_hellaswag_is_the_same_in_two_processes(project, bpe, tmp_path):
     assert one == two and one['n'] == 9
 
 
+def test_hellaswag_evaluates_runs_of_quill(train_run, tmp_path, monkeypatch, capsys):
+    train_run('--block_size=64', '--max_iters=5', '--eval_interval=5')
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: questions(8))
+    run = hellaswag(capsys, f'--init_from={tmp_path / "out"}', '--dtype=float32', '--device=cpu')
+    assert run['n'] == 8 and run['init_from'] == str(tmp_path / 'out')
+    best = hellaswag(capsys, f'--init_from={tmp_path / "out" / "model.pth"}', '--dtype=float32',
+                     '--device=cpu')
+    assert (best['acc'], best['acc_norm']) == (run['acc'], run['acc_norm'])
+    strange = [{'ctx': 'Größe', 'endings': list('abcd'), 'label': 0}]
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: strange)
+    for source, words in ((tmp_path / 'out', 'not in the vocabulary'), (tmp_path, 'config.json')):
+        with pytest.raises(SystemExit) as e:
+            hellaswag(capsys, f'--init_from={source}')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_a_context_that_is_too_long_loses_its_beginning():
+    process = Process(torch.device('cpu'), torch.float32)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=10, vocab_size=50, n_layer=1, n_head=1, n_embd=16)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    context, endings = list(range(30)), [[31, 32, 33, 34], [35, 36], [37], [38, 39, 40]]
+    sums, means = evaluate.score_endings(model, context, endings, process)
+    for ending, total, mean in zip(endings, sums, means):
+        tokens = torch.tensor([context[-7:] + ending])  # 10 inputs with the longest ending
+        logits = model(tokens[:, :-1])[0].log_softmax(-1)
+        expected = sum(logits[0, 6 + i, token] for i, token in enumerate(ending))
+        assert total.item() == pytest.approx(expected.item(), abs=1e-4)
+        assert mean.item() == pytest.approx(expected.item() / len(ending), abs=1e-4)
+
+
 class OneTokenPerCharacter:
     """A tokenizer that needs no download."""
 
@@ -1048,7 +1067,7 @@ class OneTokenPerCharacter:
         return torch.tensor([ord(c) for c in text])
 
 
-def test_hellaswag_scores_equal_a_direct_computation():
+def test_hellaswag_scores_equal_a_direct_computation(monkeypatch, capsys):
     process = Process(torch.device('cpu'), torch.float32)
     tokenizer = OneTokenPerCharacter()
     torch.manual_seed(0)
@@ -1071,15 +1090,18 @@ def test_hellaswag_scores_equal_a_direct_computation():
                 text += c
             sums.append(total)
             means.append(total / (len(ending) + 1))
-        got_sums, got_means = evaluate.score_endings(model, tokenizer, row['ctx'], row['endings'],
-                                                     process)
+        context, endings, label = evaluate.encode(tokenizer, row)
+        assert label == row['label']
+        got_sums, got_means = evaluate.score_endings(model, context, endings, process)
         assert got_sums.tolist() == pytest.approx(sums, abs=1e-3)
         assert got_means.tolist() == pytest.approx(means, abs=1e-4)
         expected.append((sums.index(max(sums)) == row['label'],
                          means.index(max(means)) == row['label']))
-    acc, acc_norm = evaluate.hellaswag(model, tokenizer, rows, process)
-    assert acc == pytest.approx(sum(by_sum for by_sum, _ in expected) / 5)
-    assert acc_norm == pytest.approx(sum(by_mean for _, by_mean in expected) / 5)
+    monkeypatch.setattr(evaluate, 'load', lambda source, device: (model, tokenizer))
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: rows)
+    result = hellaswag(capsys, '--dtype=float32', '--device=cpu')
+    assert result['acc'] == pytest.approx(sum(by_sum for by_sum, _ in expected) / 5)
+    assert result['acc_norm'] == pytest.approx(sum(by_mean for _, by_mean in expected) / 5)
 
 
 @pytest.mark.parametrize('terminal', [True, False])

@@ -833,7 +833,7 @@ def damage(path, kind, tmp_path):
     elif kind == 'directory':
         os.remove(path)
         os.mkdir(path)
-        return 'it is not a file'
+        return 'there is no such file'
     elif kind == 'flipped':
         with open(path, 'rb') as f:
             body = bytearray(f.read())
