@@ -14,7 +14,6 @@ import time
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import configurator
 from configurator import DTYPES, fail, one_line_errors, pick_device, run_main, setup
@@ -248,7 +247,7 @@ def continue_text(model, tokenizer, prompt, n, generator):
 # -----------------------------------------------------------------------------
 # weights for generation
 
-# libraries for products of matrices on a CPU: x86 in float16, and some CPUs in bfloat16
+# libraries whose products are fastest on a CPU: in float16 on x86, in bfloat16 on some CPUs
 FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
 ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -258,22 +257,19 @@ def pick_dtype(kind, dtype, num_samples):
         return dtype
     if num_samples > 1 and configurator.cpu_multiplies_bfloat16():
         return 'bfloat16'
-    if FBGEMM:
-        return 'float16'
-    return 'bfloat16' if num_samples == 1 else 'float32'
+    return 'float16' if FBGEMM else 'float32'
 
 def place_for_generation(model, device, dtype):
     """Move the model to the device, in eval mode, with its weights in dtype.
 
-    On a CPU, only Linear layers change: all else is fastest in float32.
+    A library for a CPU stores only the Linear layers: all else is fastest in float32.
     """
     model.eval().to(device)
-    if device.type != 'cpu':
+    library = {torch.float16: FBGEMM, torch.bfloat16: ONEDNN}.get(dtype)
+    # oneDNN makes GELU of a few rows slower
+    torch.backends.mkldnn.enabled = dtype != torch.float16
+    if device.type != 'cpu' or not library:
         return model.to(dtype)
-    # oneDNN makes GELU of a few rows slower, so use it only for its own products
-    torch.backends.mkldnn.enabled = dtype == torch.float32 or dtype == torch.bfloat16 and ONEDNN
-    if dtype == torch.float32:
-        return
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
@@ -281,30 +277,23 @@ def place_for_generation(model, device, dtype):
                 setattr(module, name, stored_linear(child, dtype))
 
 def stored_linear(linear, dtype):
-    """Return a function that computes what `linear` does, with its weights stored in dtype.
+    """Return a function that computes what `linear` does, with its weights stored for a library.
 
     Its input (B, T, in) and output (B, T, out) are float32. It is not an nn.Module, because a
     call of an nn.Module takes 2 us longer.
     """
     bias = linear.bias
-    if dtype == torch.float16 and FBGEMM:
+    if dtype == torch.float16:
         packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.float(), bias)
         # ._op: without torch's look through the arguments, which takes 5 us
         product = torch.ops.quantized.linear_dynamic_fp16._op
         return lambda x: product(x, packed)
-    weight = linear.weight.to(dtype)
-    if dtype == torch.bfloat16 and ONEDNN:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.bfloat16())
 
-        def product(x):
-            return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, None, 'none', [], '')
-    else:
-        # float16 cannot hold large inputs
-        inner = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-        def product(x):
-            return F.linear(x.to(inner), weight.to(inner))
-    return lambda x: product(x).float() if bias is None else product(x).float() + bias
+    def product(x):
+        y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, None, 'none', [], '')
+        return y.float() if bias is None else y.float() + bias
+    return product
 
 if __name__ == '__main__':
     run_main(main, __name__)

@@ -22,24 +22,14 @@ from configurator import configure
 from data import runs
 from data.tokenizers import CharTokenizer
 from model import GPT, GPTConfig, KVCache
-from sample import place_for_generation, unescape
+from sample import place_for_generation, stored_linear, unescape
 
 CPU = torch.device('cpu')
 fbgemm = pytest.mark.skipif(not sample.FBGEMM, reason='needs FBGEMM, which is for x86')
 onednn = pytest.mark.skipif(not sample.ONEDNN, reason='needs a CPU on which oneDNN has bfloat16')
-# whether to use a library's kernel, the dtype of weights, and the relative error of products
-STORED = [pytest.param(False, torch.bfloat16, 8e-3, id='cast-bfloat16'),
-          pytest.param(False, torch.float16, 2e-3, id='cast-float16'),
-          pytest.param(True, torch.float16, 2e-3, id='fbgemm', marks=fbgemm),
-          pytest.param(True, torch.bfloat16, 8e-3, id='onednn', marks=onednn)]
-
-
-@pytest.fixture
-def stored(library, monkeypatch):
-    """sample.stored_linear, with the libraries of this machine or without any."""
-    monkeypatch.setattr(sample, 'FBGEMM', library)
-    monkeypatch.setattr(sample, 'ONEDNN', library)
-    return sample.stored_linear
+# the dtype of stored weights, and the relative error of products
+STORED = [pytest.param(torch.float16, 2e-3, id='fbgemm', marks=fbgemm),
+          pytest.param(torch.bfloat16, 8e-3, id='onednn', marks=onednn)]
 
 
 @pytest.fixture
@@ -358,14 +348,14 @@ def test_mistakes_are_found_before_weights_are_fetched(sampled, monkeypatch, cap
 # weights of fewer bytes
 
 @pytest.mark.parametrize('rows', [1, 3, 40])
-@pytest.mark.parametrize('library, dtype, error', STORED)
-def test_stored_weights_multiply_like_the_exact_ones(stored, dtype, error, rows):
+@pytest.mark.parametrize('dtype, error', STORED)
+def test_stored_weights_multiply_like_the_exact_ones(dtype, error, rows):
     torch.manual_seed(0)
     linear = nn.Linear(128, 960)
     with torch.no_grad():
         linear.weight *= torch.logspace(-3, 1, 960)[:, None]  # channels of different size
         linear.weight[5] = 0
-        function = stored(linear, dtype)
+        function = stored_linear(linear, dtype)
         # a token of each sample, a prompt, another number of samples
         for x in (torch.randn(rows, 1, 128), torch.randn(rows, 7, 128),
                   torch.randn(rows + 1, 1, 128)):
@@ -376,39 +366,39 @@ def test_stored_weights_multiply_like_the_exact_ones(stored, dtype, error, rows)
 
 
 @pytest.mark.parametrize('rows', [1, 4])
-@pytest.mark.parametrize('library, dtype, error', STORED)
-def test_stored_weights_take_and_give_what_float16_cannot_hold(stored, dtype, error, rows):
+@pytest.mark.parametrize('dtype, error', STORED)
+def test_stored_weights_take_and_give_what_float16_cannot_hold(dtype, error, rows):
     torch.manual_seed(0)
     linear = nn.Linear(64, 96)
     x = torch.randn(rows, 1, 64)
     x[:, :, 7] = 7e5
     with torch.no_grad():
-        got, expected = stored(linear, dtype)(x), linear(x)
+        got, expected = stored_linear(linear, dtype)(x), linear(x)
     assert expected.abs().max() > 65504
     assert (got - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 @pytest.mark.parametrize('rows', [1, 4])
-@pytest.mark.parametrize('library, dtype, error', STORED)
-def test_stored_weights_add_the_bias_exactly(stored, dtype, error, rows):
+@pytest.mark.parametrize('dtype, error', STORED)
+def test_stored_weights_add_the_bias_exactly(dtype, error, rows):
     linear = nn.Linear(8, 20)
     nn.init.zeros_(linear.weight)
     nn.init.normal_(linear.bias, std=1e5)
     with torch.no_grad():
-        got = stored(linear, dtype)(torch.randn(rows, 1, 8))
+        got = stored_linear(linear, dtype)(torch.randn(rows, 1, 8))
     assert torch.equal(got, linear.bias.expand(rows, 1, 20))
 
 
 @pytest.mark.parametrize('width', [1, 8, 20, 24, 33, 40, 65, 100, 130])
-@pytest.mark.parametrize('library, dtype, error', STORED)
-def test_stored_weights_of_any_width_are_multiplied(stored, dtype, error, width):
+@pytest.mark.parametrize('dtype, error', STORED)
+def test_stored_weights_of_any_width_are_multiplied(dtype, error, width):
     torch.manual_seed(0)
     for n_out in (1, 65, 2000):
         linear = nn.Linear(width, n_out)
         for rows in (1, 3):
             x = torch.randn(rows, 1, width)
             with torch.no_grad():
-                assert torch.allclose(stored(linear, dtype)(x), linear(x), atol=0.05)
+                assert torch.allclose(stored_linear(linear, dtype)(x), linear(x), atol=0.05)
 
 
 def small_gpt():
@@ -416,9 +406,18 @@ def small_gpt():
     return GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32))
 
 
+@pytest.fixture
+def with_libraries(libraries, monkeypatch):
+    """Let sample.py use the libraries that this machine has, or none."""
+    if not libraries:
+        monkeypatch.setattr(sample, 'FBGEMM', False)
+        monkeypatch.setattr(sample, 'ONEDNN', False)
+
+
+@pytest.mark.parametrize('libraries', [True, False])
 @pytest.mark.parametrize('rows', [1, 4])
 @pytest.mark.parametrize('dtype, error', [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
-def test_logits_with_stored_weights_are_near(dtype, error, rows):
+def test_logits_with_stored_weights_are_near(with_libraries, dtype, error, rows):
     model = small_gpt().eval()
     idx = torch.randint(50, (rows, 16))
     with torch.no_grad():
@@ -429,35 +428,34 @@ def test_logits_with_stored_weights_are_near(dtype, error, rows):
         near += [model(idx[:, [i]], cache=cache)[0] for i in range(2, 16)]
         near = torch.cat(near, dim=1)
     assert 0 < (near - exact[:, 1:]).std() < error * exact.std()
-    assert not any(isinstance(m, nn.Linear) for m in model.modules())
-    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize('library, dtype, private', [
+@pytest.mark.parametrize('libraries, dtype, private', [
     pytest.param(True, torch.bfloat16, 'mkldnn', marks=onednn),
     pytest.param(True, torch.float16, 'quantized', marks=fbgemm),
     (False, torch.bfloat16, ''), (False, torch.float16, ''), (True, torch.float32, '')])
-def test_weights_are_stored_for_the_kernels_that_the_machine_has(stored, dtype, private,
-                                                                 monkeypatch):
-    for name in ('mkldnn', 'quantized'):  # as in a torch without this library
-        monkeypatch.setattr(torch.ops, name, types.SimpleNamespace())
+def test_weights_are_stored_for_the_libraries_that_the_machine_has(with_libraries, dtype, private,
+                                                                   monkeypatch):
     model = small_gpt()
-    if private:
-        with pytest.raises(AttributeError):
-            place_for_generation(model, CPU, dtype)
-        return
     place_for_generation(model, CPU, dtype)
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    assert len(linears) == (9 if dtype == torch.float32 else 0) and not model.training
-    with torch.no_grad():
-        assert model(torch.zeros(1, 3, dtype=torch.int64))[0].dtype == torch.float32
+    assert len(linears) == (0 if private else 9) and not model.training
+    kept = torch.float32 if private else dtype
+    assert {p.dtype for p in model.parameters()} == {kept}
+    for name in ('mkldnn', 'quantized'):  # as in a torch without this library
+        monkeypatch.setattr(torch.ops, name, types.SimpleNamespace())
+    if private:
+        with pytest.raises(AttributeError):
+            place_for_generation(small_gpt(), CPU, dtype)
+    else:
+        place_for_generation(small_gpt(), CPU, dtype)
 
 
 @pytest.mark.parametrize('kind, dtype, num_samples, bf16, fbgemm, expected', [
     ('cuda', 'auto', 1, True, True, 'auto'), ('cpu', 'float32', 1, True, True, 'float32'),
-    ('cpu', 'auto', 1, True, True, 'float16'), ('cpu', 'auto', 1, True, False, 'bfloat16'),
-    ('cpu', 'auto', 1, False, False, 'bfloat16'), ('cpu', 'auto', 10, True, True, 'bfloat16'),
-    ('cpu', 'auto', 10, False, True, 'float16'), ('cpu', 'auto', 10, False, False, 'float32')])
+    ('cpu', 'auto', 1, True, True, 'float16'), ('cpu', 'auto', 1, True, False, 'float32'),
+    ('cpu', 'auto', 10, True, True, 'bfloat16'), ('cpu', 'auto', 10, False, True, 'float16'),
+    ('cpu', 'auto', 10, False, False, 'float32')])
 def test_the_dtype_of_weights_is_the_fastest_for_the_machine(
         kind, dtype, num_samples, bf16, fbgemm, expected, monkeypatch):
     monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16', lambda: bf16)
