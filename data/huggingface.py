@@ -120,7 +120,7 @@ def read_weights(folder, tied):
                 name = f'transformer.{name}'
             tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
             weights[name] = tensor.float()
-    if tied:  # the files hold both names, or only one
+    if tied and weights.keys() & {WTE, HEAD}:  # the files hold both names, or only one
         table = weights.setdefault(WTE, weights.get(HEAD))
         if not torch.equal(table, weights.setdefault(HEAD, table)):
             raise ValueError(f'{folder}: lm_head.weight differs from wte.weight, so config.json '

@@ -244,6 +244,9 @@ def test_damaged_weights_and_weights_of_other_kinds_are_told_truly(folder):
     save_file(good | {'score.weight': torch.zeros(2, 32)}, path)
     with pytest.raises(RuntimeError, match='score.weight'):
         load(folder)
+    save_file({'x.weight': torch.zeros(2)}, path)
+    with pytest.raises(RuntimeError, match='Missing'):
+        load(folder)
 
 
 def test_a_header_of_safetensors_that_contradicts_itself_is_an_error(tmp_path):
