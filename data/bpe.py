@@ -6,17 +6,11 @@ Byte pair encoding (BPE): how a tokenizer is trained on text.
     ranks = {token: i for i, token in enumerate(tokens)}
     bpe = tiktoken.Encoding('mine', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
-Training has two steps:
-
 1. count_pieces splits the text into pieces, and counts how often each piece occurs. A typical piece
-   is a word with the space before it. The same pieces occur again and again: 100 MB of text often
-   has fewer than a million different pieces.
-2. train_bpe starts with one token per byte. It finds the most frequent pair of adjacent tokens, and
-   merges this pair into a new token in all pieces. It repeats this until there are vocab_size
-   tokens. The two tokens of a pair are always in the same piece, so no token crosses the end of a
-   piece.
-
-The tokens can encode any text, because each of the 256 bytes is a token.
+   is a word with the space before it. 100 MB of text often has fewer than a million pieces.
+2. train_bpe starts with one token per byte, so the tokens can encode any text. It merges the most
+   frequent pair of adjacent tokens into a new token, in all pieces. It repeats this until there are
+   vocab_size tokens. No token crosses the end of a piece.
 
 Sources: https://arxiv.org/abs/1508.07909 (BPE for words), and GPT-2's paper, "Language Models are
 Unsupervised Multitask Learners" (BPE for bytes).
@@ -30,16 +24,9 @@ import regex  # tiktoken requires this package; Python's re does not know \p{L}
 # -----------------------------------------------------------------------------
 # tokens as text: one letter for each byte, as in GPT-2's files
 
-def byte_letters():
-    """Return the 256 letters of the bytes. A visible character of Latin-1 stands for itself."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in visible]
-    letters = {byte: chr(byte) for byte in visible}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return ''.join(letters[byte] for byte in range(256))
-
-
-LETTERS = byte_letters()
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # a letter stands for itself
+OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+LETTERS = ''.join(chr(byte if byte in VISIBLE else 256 + OTHERS.index(byte)) for byte in range(256))
 TO_BYTES = {ord(letter): byte for byte, letter in enumerate(LETTERS)}
 
 
@@ -75,11 +62,8 @@ BYTE_ORDER = bytes(sorted(range(256), key=LETTERS.__getitem__))
 def count_pieces(texts):
     """Count the pieces of an iterable of strings. Returns a Counter of piece (bytes) -> count.
 
-    100 MB of text take about 15 seconds on one core. To use several cores, cut the text into parts,
-    count the pieces of each part, and add the counts. Cut between a line break and a visible
-    character: no piece contains both. A cut at another place may divide a piece.
-
-    UnicodeEncodeError says that a string contains a lone surrogate.
+    100 MB of text take about 15 seconds on one core. The counts of parts of a text may be added. A
+    part must begin with a visible character and follow a line break, or the cut may divide a piece.
     """
     split = regex.compile(PATTERN)
     pieces = Counter()
@@ -92,19 +76,13 @@ def count_pieces(texts):
 def train_bpe(pieces, vocab_size):
     """Return the tokens that BPE learns from pieces, as a list of bytes. The index is the token id.
 
-    pieces: dict of piece (bytes) -> count, as count_pieces returns it. Each count is at least 1.
+    pieces: dict of piece (bytes) -> count. The first 256 tokens are the single bytes, in order of
+    value. The others follow in the order of the merges. There are fewer than vocab_size tokens if
+    each piece becomes a single token.
 
-    The first 256 tokens are the single bytes, in order of value. The other tokens follow in the
-    order of the merges. Training stops early if no pair is left, because each piece has become a
-    single token. Then there are fewer than vocab_size tokens.
-
-    Each merge takes the most frequent pair. Among equally frequent pairs, it takes the pair with
-    the smallest first token. Among those, it takes the pair with the smallest second token. Here
-    "smaller" means made earlier, and the single bytes are ordered as in BYTE_ORDER. BpeTrainer in
-    Hugging Face's tokenizers has the same rules, so it learns the same tokens. The order of the
-    dict has no effect.
-
-    ValueError says that vocab_size is out of range.
+    Among equally frequent pairs, the pair of the earliest tokens is merged first. The first token
+    of the pair counts more than the second. Single bytes come in BYTE_ORDER. So the tokens are the
+    same as those of BpeTrainer in Hugging Face's tokenizers.
     """
     if not 256 <= vocab_size <= sys.maxunicode + 1:
         raise ValueError(f'vocab_size={vocab_size}: it must be at least 256, because each byte is '
@@ -113,8 +91,8 @@ def train_bpe(pieces, vocab_size):
     words, counts = make_words(pieces)
     pair_counts, places = count_pairs(words, counts)
 
-    # The heap has one entry (-count, pair) for each pair that is not yet merged. heappop returns
-    # the smallest entry. The minus sign makes this the pair with the highest count.
+    # One entry for each pair that is not yet merged. heappop returns the smallest entry, which is
+    # the pair with the highest count.
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     while heap and len(tokens) < vocab_size:
@@ -125,8 +103,7 @@ def train_bpe(pieces, vocab_size):
             if count > 0:
                 heapq.heappush(heap, (-count, pair))
             continue
-        # The same bytes are merged in the same way in all words, so two different pairs never make
-        # the same token.
+        # no other pair makes the same token, because equal bytes are merged in the same way
         new_token = chr(len(tokens))
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         new_pairs = merge_pair(pair, new_token, words, counts, pair_counts, places)
@@ -139,10 +116,9 @@ def make_words(pieces):
     """Return the pieces as a list of words, and a list of their counts.
 
     A word is a piece as a string with one character per token: chr(i) is token i. A pair is a
-    string of two such characters. Then Python's fast string methods can find and merge a pair.
+    string of two such characters. Python's string methods find and merge a pair fast.
     """
     token_of_byte = bytes(BYTE_ORDER.index(byte) for byte in range(256))
-    # decoding as latin-1 turns the number i into chr(i)
     words = [piece.translate(token_of_byte).decode('latin-1') for piece in pieces]
     return words, list(pieces.values())
 
@@ -150,8 +126,7 @@ def make_words(pieces):
 def count_pairs(words, counts):
     """Return two dicts: pair -> count, and pair -> places.
 
-    The places of a pair are the indices of the words that contain the pair, as a list. An index
-    occurs several times in the list if the word contains the pair several times.
+    places: the indices of the words that contain the pair, once for each time.
     """
     pair_counts, places = defaultdict(int), defaultdict(list)
     for i, word in enumerate(words):
@@ -164,12 +139,12 @@ def count_pairs(words, counts):
 def merge_pair(pair, new_token, words, counts, pair_counts, places):
     """Replace the pair by new_token in all words. Returns the set of pairs that contain new_token.
 
-    Updates words, places, and the counts of all other pairs. Only the words that contain the pair
-    are visited. Counting all pairs again after each merge would take hundreds of times as long.
+    Updates words, pair_counts and places. Only the words that contain the pair are visited:
+    counting all pairs again after each merge would take hundreds of times as long.
     """
     new_pairs = set()
     for i in set(places.pop(pair)):
-        # there is only one part if an earlier merge has removed the pair from this word
+        # there is only one part if an earlier merge has removed the pair
         parts = words[i].split(pair)
         words[i] = new_token.join(parts)
         for old_pair, new_pair in changed_pairs(parts, pair, new_token):

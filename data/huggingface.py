@@ -17,7 +17,7 @@ import torch
 
 from data.downloads import DownloadError, download_resumable, hub_address
 from data.files import DATA_DIR
-from data.tokenizers import HuggingFaceTokenizer, is_gpt2, recognize, tokenizer_size, write_json
+from data.tokenizers import HuggingFaceTokenizer, is_gpt2, recognize, write_json
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # Hugging Face's names of activations, and ours
@@ -32,9 +32,9 @@ WTE, HEAD = 'transformer.wte.weight', 'lm_head.weight'  # one matrix if the weig
 def read_pretrained(source, weights=True):
     """Return the GPT-2 that source names as a dict: model_args, tokenizer, model.
 
-    source: one of GPT2_NAMES, or a folder. model_args: for GPTConfig. tokenizer: as its to_dict
-    returns it. model: state_dict in float32. weights=False leaves out the model, and downloads
-    only config.json. ValueError or OSError say what is wrong.
+    source: one of GPT2_NAMES, which is downloaded if it is missing, or a folder. model_args: for
+    GPTConfig. tokenizer: what its to_dict returns. model: the state_dict, in float32. weights=False
+    reads only config.json and the tokenizer. ValueError and OSError say what is wrong.
     """
     folder = source
     if source in GPT2_NAMES:
@@ -56,11 +56,12 @@ def write_pretrained(folder, model, tokenizer):
     Missing biases are written as zeros. ValueError names a setting that GPT-2 does not have.
     """
     c = model.config
-    either = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'activation',
-              'tie_weights', 'dropout', 'zero_init', 'zero_head')
+    # GPT-2 has these with any value
+    free = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'activation',
+            'tie_weights', 'dropout', 'zero_init', 'zero_head')
     for field in fields(c):
         value = getattr(c, field.name)
-        if field.name not in either and value != field.default:
+        if field.name not in free and value != field.default:
             raise ValueError(f'{field.name}={value} has no counterpart in GPT-2')
     if c.activation not in THEIR_ACTIVATIONS:
         raise ValueError(f'activation={c.activation} has no counterpart in GPT-2')
@@ -92,11 +93,8 @@ def write_pretrained(folder, model, tokenizer):
 def read_config(path):
     """Return the model_args of a config.json. ValueError names what quill's model lacks."""
     c = read_json(path)
-    if c.get('model_type') != 'gpt2':
-        raise ValueError(f'{path} describes a model of type {json.dumps(c.get("model_type"))}, '
-                         'quill reads "gpt2" only')
-    # other values would be read without an error, but compute something else
     readable = {  # a missing key has the first value
+        'model_type': ('gpt2',),
         'activation_function': tuple(OUR_ACTIVATIONS),
         'layer_norm_epsilon': (1e-5,),
         'scale_attn_weights': (True,),
@@ -122,13 +120,11 @@ def read_weights(folder, tied):
                 name = f'transformer.{name}'
             tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
             weights[name] = tensor.float()
-    # the files of a tied model hold one of these, or both
-    tables = [weights[name] for name in (WTE, HEAD) if name in weights]
-    if tied and tables:
-        if not torch.equal(tables[0], tables[-1]):
+    if tied and weights.keys() & {WTE, HEAD}:  # the files hold both names, or only one
+        table = weights.setdefault(WTE, weights.get(HEAD))
+        if not torch.equal(table, weights.setdefault(HEAD, table)):
             raise ValueError(f'{folder}: lm_head.weight differs from wte.weight, so config.json '
                              'needs "tie_word_embeddings": false')
-        weights[WTE] = weights[HEAD] = tables[0]
     return weights
 
 
@@ -147,7 +143,7 @@ def weight_paths(folder):
 def read_tokenizer(source):
     """Return the tokenizer that belongs to weights of Hugging Face, as its to_dict returns it.
 
-    source: one of GPT2_NAMES, a folder, or a tokenizer.json. ValueError says why there is none.
+    source: one of GPT2_NAMES, a folder, or a tokenizer.json. ValueError says what is missing.
     """
     if source in GPT2_NAMES:
         return {'kind': 'gpt2'}
@@ -162,17 +158,13 @@ def read_tokenizer(source):
         raise ValueError('it holds no tokenizer: put the tokenizer.json that belongs to these '
                          'weights into the folder')
     content = read_json(path)
-    saved = recognize(content)
-    if saved is None:
-        tokenizer = HuggingFaceTokenizer(json.dumps(content, ensure_ascii=False))
-        end = read_json(os.path.join(folder, 'tokenizer_config.json'), {}).get('eos_token')
-        end = end['content'] if isinstance(end, dict) else end
-        tokenizer.eot = tokenizer.library.token_to_id(end) if end else None
-        saved = tokenizer.to_dict()
-    if rows and tokenizer_size(saved) > rows:
-        raise ValueError(f'its tokenizer has {tokenizer_size(saved)} tokens, but its weights only '
-                         f'{rows}')
-    return saved
+    if saved := recognize(content):
+        return saved
+    tokenizer = HuggingFaceTokenizer(json.dumps(content, ensure_ascii=False))
+    end = read_json(os.path.join(folder, 'tokenizer_config.json'), {}).get('eos_token')
+    end = end['content'] if isinstance(end, dict) else end
+    tokenizer.eot = tokenizer.library.token_to_id(end) if end else None
+    return tokenizer.to_dict()
 
 
 def read_json(path, default=None):

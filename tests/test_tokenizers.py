@@ -258,10 +258,7 @@ def test_a_folder_without_a_tokenizer_has_gpt2s_only_if_its_size_fits(tmp_path):
         read_tokenizer(str(tmp_path))
 
 
-def test_a_damaged_or_too_large_tokenizer_is_refused(folder):
-    (folder / 'config.json').write_text('{"vocab_size": 399}')
-    with pytest.raises(ValueError, match='400 tokens, but its weights only 399'):
-        read_tokenizer(str(folder))
+def test_a_damaged_tokenizer_is_refused(folder):
     whole = json.loads((folder / 'tokenizer.json').read_text())
     whole['model']['type'] = 'Quux'
     (folder / 'tokenizer.json').write_text(json.dumps(whole))
