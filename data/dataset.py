@@ -40,8 +40,7 @@ def open_dataset(name, block_size, process):
         tokens = Tokens(path, block_size, meta['dtype'], meta['vocab_size'], meta['bytes'][split])
         expected = meta['tokens'][split]
         if tokens.n != expected:
-            fail(f'{path} has {tokens.n:,} tokens, but meta.json beside it says {expected:,}: '
-                 f'{remedy(name, meta)}')
+            fail(f'{path} has {tokens.n:,} tokens instead of {expected:,}: {remedy(name, meta)}')
         tokens.check()
         splits.append(tokens)
     everyones = process.gather((meta['sha256'], meta['tokens']))
@@ -162,7 +161,7 @@ def text_size(path, tokenizer, dtype='uint16'):
 def adopt_nanogpt_folder(name):
     """Write the meta.json of a folder data/NAME with the train.bin and val.bin of nanoGPT."""
     folder = os.path.join(DATA_DIR, name)
-    with one_line_errors(f'data/{name} has no meta.json, and cannot be read as nanoGPT\'s: '):
+    with one_line_errors(f'data/{name} has no meta.json, and cannot be read as one of nanoGPT: '):
         saved = nanogpt_tokenizer(os.path.join(folder, 'meta.pkl'))
     tokenizer, digest, tokens, sizes = tokenizer_from_dict(saved), hashlib.sha256(), {}, {}
     for split in SPLITS:

@@ -422,37 +422,31 @@ def test_a_dataset_of_nanogpt_is_ordinary_from_then_on(theirs, train_run, capsys
     assert meta['bytes'] == {'train': len(text[:900].encode()), 'val': len(text[900:].encode())}
     saved = train_run('--dataset=theirs', '--max_iters=1')
     assert saved['tokenizer'] == meta['tokenizer'] and 'note: data/' not in capsys.readouterr().out
-    # their prepare.py, run again, leaves meta.json as it was: another vocabulary, the same size
-    chars = meta['tokenizer']['chars'][::-1]
-    (folder / 'meta.pkl').write_bytes(pickle.dumps({'itos': list(chars)}))
-    ids[:900].tofile(folder / 'train.bin')
-    os.utime(folder / 'train.bin', (time.time() + 60,) * 2)
-    assert opened('theirs')[0]['tokenizer']['chars'] == chars
+    # their prepare.py, run again with another text, leaves meta.json as it was
+    ids[:800].tofile(folder / 'train.bin')
+    with pytest.raises(SystemExit):
+        opened('theirs')
+    assert 'train.bin has 800 tokens instead of 900: if nanoGPT has written new files, remove ' \
+        'meta.json' in capsys.readouterr().err
+    os.remove(folder / 'meta.json')
+    assert opened('theirs')[0]['tokens']['train'] == 800
     os.remove(folder / 'val.bin')
     with pytest.raises(SystemExit):
         opened('theirs')
-    assert 'run python data/theirs/prepare.py, which has to write train.bin and val.bin' in \
-        capsys.readouterr().err
+    assert 'no val.bin in data/theirs: run python data/theirs/prepare.py' in capsys.readouterr().err
 
 
 def test_gpt2s_tokens_prepared_by_nanogpt_are_read_without_a_meta_pkl(theirs, bpe, capsys):
     folder, text, _ = theirs
     os.remove(folder / 'meta.pkl')
-    with pytest.raises(SystemExit):
-        opened('theirs')
-    assert 'nothing in it tells what its ids mean' in capsys.readouterr().err
-    (folder / 'prepare.py').write_text('enc = tiktoken.get_encoding("gpt2")')
     ids = GPT2Tokenizer().encode(text)
     ids.astype(np.uint16).tofile(folder / 'train.bin')
     np.append(ids, 50256).astype(np.uint16).tofile(folder / 'val.bin')
     meta, _, _ = opened('theirs')
     assert meta['tokenizer'] == {'kind': 'gpt2'} and meta['source'] == 'nanoGPT'
     assert meta['bytes'] == dict.fromkeys(('train', 'val'), len(text.encode()))
+    assert "wrote its meta.json, with GPT-2's tokens" in capsys.readouterr().out
     os.remove(folder / 'meta.json')
-    for size in (50257, 50304):
-        (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': size}))
-        assert opened('theirs')[0]['tokenizer'] == {'kind': 'gpt2'}
-        os.remove(folder / 'meta.json')
     np.append(ids, 50257).astype(np.uint16).tofile(folder / 'val.bin')
     with pytest.raises(SystemExit):
         opened('theirs')
@@ -469,16 +463,14 @@ class Evil:
 BAD_PICKLES = {
     'code': (lambda m: m | {'more': Evil()}, 'quill reads plain values only'),
     'numpy': (lambda m: m | {'vocab_size': np.int64(20)}, 'quill reads plain values only'),
-    'list': (lambda m: [1], 'holds a list instead of a dict'),
+    'list': (lambda m: [1], 'no vocabulary'),
     'empty': (lambda m: {}, 'no vocabulary'),
     'size only': (lambda m: {'vocab_size': 65}, 'no vocabulary'),
-    'words': (lambda m: {'itos': {0: 'the', 1: 'a'}}, "has 'the', and quill reads"),
-    'hole': (lambda m: {'itos': {0: 'a', 2: 'b'}}, 'not a text for each id from 0 to 1'),
-    'bytes': (lambda m: {'itos': [b'a', b'b']}, 'not a text for each id'),
-    'twice': (lambda m: {'itos': ['a', 'a']}, 'contradict each other'),
-    'stoi': (lambda m: m | {'stoi': {'a': 0}}, 'contradict each other'),
-    'size': (lambda m: m | {'vocab_size': 7}, 'contradict each other'),
-    'fewer': (lambda m: {'itos': m['itos'] and list('abc')}, 'outside the vocabulary of 3'),
+    'words': (lambda m: {'stoi': {'the': 0, 'a': 1}}, 'no vocabulary of single characters'),
+    'hole': (lambda m: {'stoi': {'a': 0, 'b': 2}}, 'no vocabulary'),
+    'bytes': (lambda m: {'stoi': {b'a': 0, b'b': 1}}, 'no vocabulary'),
+    'twice': (lambda m: {'stoi': {'a': 0, 'b': 0}}, 'no vocabulary'),
+    'fewer': (lambda m: {'stoi': {'a': 0, 'b': 1, 'c': 2}}, 'outside the vocabulary of 3'),
 }
 
 
@@ -508,30 +500,10 @@ def test_a_checkpoint_of_nanogpt_finds_its_characters_in_nanogpts_folder(theirs)
     assert checkpoint['tokenizer']['chars'] == ''.join(theirs[2]['itos'].values())
 
 
-def test_the_forms_of_a_vocabulary_in_a_meta_pkl_mean_the_same(theirs):
-    folder, _, meta = theirs
-    chars = list(meta['itos'].values())
-    for form in ({'stoi': meta['stoi']}, {'itos': chars}, {'itos': tuple(chars)},
-                 {'itos': meta['itos'], 'vocab_size': len(chars)}, meta | {'author': 'x'}):
-        (folder / 'meta.pkl').write_bytes(pickle.dumps(form))
-        assert dataset.read_vocabulary(folder) == {'kind': 'char', 'chars': ''.join(chars)}
-
-
-def test_only_folders_of_nanogpt_are_taken_for_such(project, theirs, text, capsys, monkeypatch):
-    for name in os.listdir(project / 'data'):
-        if os.path.exists(project / 'data' / name / 'prepare.py'):
-            assert dataset.prepared_here(project / 'data' / name) == (name == 'theirs'), name
-    # an interrupted preparation leaves .bin files whose ids nothing explains
-    folder = theirs[0]
-    os.remove(folder / 'meta.pkl')
-    os.remove(folder / 'prepare.py')
-    with pytest.raises(SystemExit):
-        opened('theirs')
-    assert "if it is nanoGPT's, put its meta.pkl" in capsys.readouterr().err
-    # the old vocabulary does not stay beside new ids
-    (folder / 'meta.pkl').write_bytes(pickle.dumps(theirs[2]))
+def test_the_old_vocabulary_of_nanogpt_does_not_stay_beside_new_ids(theirs, text):
     build.write_dataset('theirs', str(text), 'char')
-    assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
+    assert {'meta.json', 'train.bin', 'val.bin'} <= set(os.listdir(theirs[0]))
+    assert 'meta.pkl' not in os.listdir(theirs[0])
 
 
 def test_files_of_nanogpt_in_data_shakespeare_char_are_used_and_not_replaced(
@@ -736,7 +708,7 @@ def test_fineweb_shards_are_joined_and_an_interrupted_run_goes_on(
 
     def prepare(shards, code=0, address=hub):
         monkeypatch.setenv('HF_ENDPOINT', address)
-        configure(vars(fineweb), [f'--shards={shards}'])
+        configure('data.fineweb.prepare', [f'--shards={shards}'])
         if not code:
             return fineweb.main()
         with pytest.raises(SystemExit) as e:
@@ -836,7 +808,7 @@ def owt_subset(texts, per_archive=7):
 
 
 def prepare_openwebtext(n):
-    configure(vars(openwebtext), [f'--subsets={n}'])
+    configure('data.openwebtext.prepare', [f'--subsets={n}'])
     openwebtext.main()
 
 
@@ -976,8 +948,8 @@ def test_a_contradiction_is_found_before_weights_are_fetched(
         train_run('--init_from=gpt2', '--n_layer=5')
     err = capsys.readouterr().err
     assert e.value.code == 2
-    assert 'n_layer=5 but the model of init_from=gpt2 has' in err
-    assert 'the data has a vocabulary of' in err
+    assert 'n_layer=5 but the model of gpt2 has' in err
+    assert 'data/topics has a vocabulary of' in err
     assert [path for path, _ in Hub.requests] == [GPT2_BASE + 'config.json']
     assert not (tmp_path / 'out').exists()
 

@@ -367,6 +367,6 @@ def test_a_folder_that_cannot_be_read_ends_training_in_one_line(folder, tmp_path
                     f'--out_dir={tmp_path / "out"}', '--max_iters=0'])
     err = capsys.readouterr().err
     assert e.value.code == 2
-    assert err.startswith(f'error: --init_from={folder}: {folder}/config.json has ')
+    assert err.startswith(f'error: cannot use {folder}: {folder}/config.json has ')
     assert 'scale_attn_weights=false' in err and err.count('\n') == 1
     assert not (tmp_path / 'out').exists()
