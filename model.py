@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT; raises ValueError if it makes no sense."""
+    """The shape of a GPT. ValueError says which rule the shape breaks."""
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
     n_layer: int = 12
@@ -31,7 +31,7 @@ class GPTConfig:
     activation: str = 'gelu'  # see ACTIVATIONS
     norm: str = 'layernorm'  # see NORMS
     rotary: bool = False  # rotary instead of learned positions (https://arxiv.org/abs/2104.09864)
-    half_rotary: bool = False  # only half of the channels, base 1024 (modded-nanogpt's)
+    half_rotary: bool = False  # rotate only half of the channels, base 1024 (modded-nanogpt)
     qk_norm: bool = False  # normalize queries and keys (https://arxiv.org/abs/2302.05442)
     attn_scale: float = 0.0  # scale of the products of queries and keys; 0: 1 / sqrt(head_dim)
     embed_norm: bool = False  # normalize the embeddings
@@ -39,36 +39,42 @@ class GPTConfig:
     tie_weights: bool = True  # lm_head shares the matrix of wte
     zero_init: bool = False  # c_proj starts at zero, so every block starts as the identity
     zero_head: bool = False  # an untied lm_head starts at zero
-    softcap: float = 0.0  # c * tanh(logits / c), 0 disables it (https://arxiv.org/abs/2408.00118)
+    softcap: float = 0.0  # c * tanh(logits / c); 0 disables it (https://arxiv.org/abs/2408.00118)
 
     def __post_init__(self):
-        problems = [f'{f.name}={getattr(self, f.name)!r} is no {f.type.__name__}'
-                    for f in fields(self) if not isinstance(getattr(self, f.name), (f.type, int))]
-        if problems:
+        kinds = {int: 'an integer', float: 'a number', bool: 'True or False', str: 'a string'}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, (f.type, int)):
+                raise ValueError(f'{f.name}={value!r} must be {kinds[f.type]}')
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, key) < 1:
+                raise ValueError(f'{key}={getattr(self, key)} must be at least 1')
+        if problems := list(self.problems()):
             raise ValueError('; '.join(problems))
-        sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
-        problems += [f'{key}={getattr(self, key)}: {key} is at least 1'
-                     for key in sizes if getattr(self, key) < 1]
-        head_dim, rest = divmod(self.n_embd, max(1, self.n_head))
-        rules = {
-            f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}': rest == 0,
-            f'n_embd/n_head={head_dim} is odd: rotary turns pairs of channels':
-                not self.rotary or rest or head_dim % 2 == 0,
-            f'n_embd/n_head={head_dim}: half_rotary needs rotary and a multiple of 4':
-                not self.half_rotary or rest or self.rotary and head_dim % 4 == 0,
-            'zero_head needs tie_weights=False': not self.zero_head or not self.tie_weights,
-            'n_embd=1: token_shift moves half of the channels':
-                not self.token_shift or self.n_embd > 1,
-            f'dropout={self.dropout}: dropout is at least 0 and below 1': 0 <= self.dropout < 1,
-            f'activation={self.activation}: activation is one of {", ".join(ACTIVATIONS)}':
-                self.activation in ACTIVATIONS,
-            f'norm={self.norm}: norm is one of {", ".join(NORMS)}': self.norm in NORMS,
-            f'attn_scale={self.attn_scale}: attn_scale is at least 0':
-                0 <= self.attn_scale < math.inf,
-            f'softcap={self.softcap}: softcap is at least 0': 0 <= self.softcap < math.inf}
-        problems += [problem for problem, holds in rules.items() if not holds]
-        if problems:
-            raise ValueError('; '.join(problems))
+
+    def problems(self):
+        """Yield the rules that the shape breaks."""
+        head_dim = self.n_embd / self.n_head
+        multiple = 4 if self.half_rotary else 2
+        if self.n_embd % self.n_head:
+            yield f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}'
+        elif self.rotary and head_dim % multiple:
+            yield f'n_embd/n_head={head_dim:g} must be a multiple of {multiple} for rotary'
+        if self.half_rotary and not self.rotary:
+            yield 'half_rotary needs rotary=True'
+        if self.token_shift and self.n_embd == 1:
+            yield 'n_embd=1 must be at least 2 for token_shift'
+        if self.zero_head and self.tie_weights:
+            yield 'zero_head needs tie_weights=False'
+        if not 0 <= self.dropout < 1:
+            yield f'dropout={self.dropout} must be at least 0 and below 1'
+        for key in ('attn_scale', 'softcap'):
+            if not 0 <= getattr(self, key) < math.inf:
+                yield f'{key}={getattr(self, key)} must be at least 0 and finite'
+        for key, choices in ('activation', ACTIVATIONS), ('norm', NORMS):
+            if getattr(self, key) not in choices:
+                yield f'{key}={getattr(self, key)} must be one of {", ".join(choices)}'
 
 class SquaredReLU(torch.autograd.Function):
     """relu(x)**2 (https://arxiv.org/abs/2109.08668) with a backward of two operations, not five."""
@@ -90,7 +96,7 @@ ACTIVATIONS = {
 }
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, but with its weight cast to the dtype of x, as LayerNorm does."""
+    """torch's RMSNorm with the weight cast to the dtype of x, as LayerNorm casts its own."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -104,9 +110,9 @@ NORMS = {
 class Dropout(nn.Module):
     """In training, zero each element with probability p and divide the others by 1 - p.
 
-    It takes one random byte per element, several times as fast on a CPU as nn.Dropout, so p is
-    rounded to a multiple of 1/256. If `parts` processes share the rows of a micro-batch, each
-    draws the mask of all rows and takes part `part`: masks do not depend on the number of
+    One random byte decides about an element, so p is rounded to a multiple of 1/256. On a CPU this
+    is several times as fast as nn.Dropout. If `parts` processes share the rows of a micro-batch,
+    each draws the mask of all rows and takes part `part`: masks do not depend on the number of
     processes.
     """
 
@@ -141,7 +147,7 @@ class KVCache:
     def __init__(self, max_length):
         self.max_length = max_length
         self.k, self.v = {}, {}  # by layer
-        self.last = {}  # for token_shift: half of a layer's input at the last position (B, 1, C/2)
+        self.last = {}  # for token_shift: half of the channels at the last position (B, 1, C/2)
         self.length = 0  # S, the positions in use; GPT.forward increases it
 
     def append(self, layer, k, v):
@@ -157,7 +163,7 @@ class KVCache:
 
 def rotate(x, cos, sin):
     """Rotate the channel pairs (i, i + D/2) of x (B, H, T, D) by angles given as (T, D) tables."""
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, -1), sin.to(x.dtype))
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 def attention_by_products(q, k, v, scale):
     """Causal attention of q, k, v (B, H, T, D) that keeps its weights (B, H, T, T) for backward.
@@ -175,29 +181,40 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
-        self.n_head = config.n_head
+        self.n_head = self.n_kv_head = config.n_head  # heads of queries; of keys and values
+        self.head_dim = config.n_embd // config.n_head
         self.qk_norm = config.qk_norm
-        self.scale = config.attn_scale or (config.n_embd // config.n_head)**-0.5
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.scale = config.attn_scale or self.head_dim**-0.5
+        # the queries of all heads, then the keys, then the values, as in GPT-2
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, rotation=None, cache=None):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)
-        qk, v = qkv.split([2 * self.n_head, self.n_head], dim=1)
+        B, T, _ = x.shape
+        # a query for each head, compared with keys; values are what the position hears
+        q_size, kv_size = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        q, k, v = self.c_attn(x).split([q_size, kv_size, kv_size], dim=-1)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+
+        # queries and keys of one length, so that only their directions count
         if self.qk_norm:
-            qk = F.layer_norm(qk, qk.shape[-1:])
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+        # rotated by their positions, so that the products depend on distances
         if rotation is not None:
-            qk = rotate(qk, *rotation)
-        q, k = qk.chunk(2, dim=1)  # as v: (B, H, T, D)
+            cos, sin = (table.to(q.dtype) for table in rotation)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # drop whole keys (https://arxiv.org/abs/1907.11065): dropping single weights would need
+        # the (T, T) matrix, which fused attention never forms
         if self.training and self.attn_dropout.threshold:
-            # drop whole keys (https://arxiv.org/abs/1907.11065): dropping single weights would need
-            # the (T, T) matrix, which fused attention never forms
-            v = v * self.attn_dropout(v.new_ones(B, self.n_head, T, 1))
+            v = v * self.attn_dropout(v.new_ones(B, self.n_kv_head, T, 1))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S+T, D)
+
         by_products = q.device.type == 'cpu' and q.dtype == torch.bfloat16
         # for long sequences the attention weights would take too much memory
         if by_products and torch.is_grad_enabled() and cache is None and T <= 1024:
@@ -205,7 +222,7 @@ class CausalSelfAttention(nn.Module):
         else:
             # a single query sees all cached keys; is_causal would let it see the first one only
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=self.scale)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H * D)
         return self.resid_dropout(self.c_proj(y))
 
 class MLP(nn.Module):
@@ -255,21 +272,21 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute blocks in the backward pass
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            **({} if config.rotary else {'wpe': nn.Embedding(config.block_size, config.n_embd)}),
-            **({'ln_e': NORMS[config.norm](config)} if config.embed_norm else {}),
-            drop=Dropout(config.dropout),
-            h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            ln_f=NORMS[config.norm](config),
-        ))
+        self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
+        if not config.rotary:
+            self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        if config.embed_norm:
+            self.transformer['ln_e'] = NORMS[config.norm](config)
+        self.transformer['drop'] = Dropout(config.dropout)
+        self.transformer['h'] = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.transformer['ln_f'] = NORMS[config.norm](config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         if config.rotary:
             half = config.n_embd // config.n_head // 2
             frequencies = 10000 ** (-torch.arange(half) / half)
-            if config.half_rotary:  # the second half of the pairs is not turned
+            if config.half_rotary:  # the second half of the pairs is not rotated
                 frequencies = 1024 ** -torch.linspace(0, 1, half // 2)
                 frequencies = torch.cat([frequencies, torch.zeros(half // 2)])
             angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)
@@ -388,7 +405,8 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one id per row of logits (B, V), as GPT.generate describes; return (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = logits / max(temperature, 1e-30), None  # stays finite
+    logits = logits / max(temperature, 1e-30)  # stays finite
+    ids = None  # of the columns of logits, if they are not 0, 1, 2, ...
     if 0 < top_k < logits.size(-1):  # what follows has only (B, top_k) numbers to process
         logits, ids = logits.topk(top_k)
     elif top_p < 1:
