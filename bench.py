@@ -44,7 +44,7 @@ baseline = False  # time the plain way: float32, eager, torch's dropout, unfused
 compare = 0  # run the plain way and quill in turn, this many times each, and print the ratios
 
 CHOICES = {'task': ('speed', 'sample')}
-LIMITS = {(1, 1e9): 'bench_steps', (0, 1e9): 'bench_warmup bench_tokens compare'}
+LIMITS = dict(bench_steps=(1, 1e9), bench_warmup=(0, 1e9), bench_tokens=(0, 1e9), compare=(0, 1e9))
 
 def check_settings():
     problems = train.check_settings()
@@ -226,4 +226,4 @@ def compare_with_baseline(argv):
     print(json.dumps(table))
 
 if __name__ == '__main__':
-    run_main(main, globals(), base=vars(train), check=check_settings)
+    run_main(main, __name__, base='train', check=check_settings)

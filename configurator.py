@@ -1,12 +1,13 @@
 """
 From the command line to a ready process: what all scripts share.
 
-    run_main(main, globals())  read the settings, call main(), report common failures in one line
+    run_main(main, __name__)   read the settings of a script, call main(), report common failures
     process = setup(...)       choose the device, the precision and the process group
     fail(...)                  end this process with a line `error: ...`
 """
 import ast
 import atexit
+import builtins
 import contextlib
 import ctypes
 import datetime
@@ -16,7 +17,6 @@ import hashlib
 import importlib.util
 import math
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -26,6 +26,7 @@ import time
 import traceback
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,38 +52,38 @@ def fail(*problems, code=2):
         prefix = f'rank {rank}: '
     sys.stdout.flush()
     for problem in problems:
-        if code != 2 or is_news(problem):
-            print(f'error: {prefix}{problem}', file=sys.stderr, flush=True)
+        print(f'error: {prefix}{problem}', file=sys.stderr, flush=True)
     raise SystemExit(code)
-
-def is_news(problem):
-    """Return whether no earlier attempt of torchrun --max-restarts has reported the problem."""
-    if 'TORCHELASTIC_ERROR_FILE' not in os.environ:
-        return True
-    folder = pathlib.Path(os.environ['TORCHELASTIC_ERROR_FILE']).parents[2]  # of all attempts
-    mark = folder / hashlib.sha256(problem.encode()).hexdigest()
-    return not mark.exists() and mark.touch() is None
 
 def first_line(e):
     """Return the first line of an exception's message, or its name if it has no message."""
     return (str(e) or repr(e)).splitlines()[0]
 
+def say(*words):
+    """Print at once. When the output has gone or its disk is full, what follows is lost."""
+    try:
+        print(*words, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 @contextlib.contextmanager
-def one_line_errors(prefix='', kinds=(ValueError, OSError, KeyError, TypeError, AttributeError)):
+def one_line_errors(prefix='', kinds=(ValueError, OSError)):
     """Turn exceptions of these kinds into an error line that starts with prefix."""
     try:
         yield
     except kinds as e:
-        unclear = isinstance(e, (KeyError, TypeError, AttributeError))
-        fail(prefix + (repr(e) if unclear else first_line(e)))
+        fail(prefix + first_line(e))
 
-def run_main(main, namespace=None, **more):
-    """Call configure(namespace, **more), if given, and main(); exit, on failures with one line."""
+def run_main(main, name=None, **more):
+    """Call configure(name, **more), if a name is given, and main(); then exit.
+
+    Failures that no code can help end in one line. All others keep their traceback.
+    """
     code = 0
     try:
         try:
-            if namespace:
-                configure(namespace, **more)
+            if name:
+                configure(name, **more)
             main()
             sys.stdout.flush()
         except KeyboardInterrupt:
@@ -94,8 +95,6 @@ def run_main(main, namespace=None, **more):
             if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(e):
                 fail('out of memory: halve batch_size and double gradient_accumulation_steps, or '
                      'take a smaller model: ' + first_line(e), code=1)
-            if 'Unable to find address' in str(e):
-                fail(f'GLOO_SOCKET_IFNAME is no network interface of this machine: {first_line(e)}')
             if isinstance(e, dist.DistError) or 'gloo' in str(e):  # gloo's errors have no class
                 fail('another process has ended, or has not answered within timeout_s: '
                      + first_line(e), code=1)
@@ -111,38 +110,134 @@ def run_main(main, namespace=None, **more):
     sys.exit(code)
 
 # -----------------------------------------------------------------------------
-# configure: settings are module globals; config files and --key=value override them
+# settings: the public lower-case globals of a script; config files and --key=value override them
 
-OTHER_NAMES = {'epochs': 'max_iters', 'steps': 'max_iters', 'iters': 'max_iters',
-               'lr': 'learning_rate', 'batch': 'batch_size', 'context_length': 'block_size',
-               'prompt': 'start sample_prompt', 'output_dir': 'out_dir', 'tokens': 'max_new_tokens'}
 PATHS = ('out_dir', 'init_from', 'export', 'input', 'tokenizer')  # settings in which ~ is home
-RULES = {bool: 'True or False', int: 'an integer of 64 bits', float: 'a number', str: 'a string'}
+RULES = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}
 
-def is_setting(name, value):
-    return name == name.lower() and name[0] != '_' and type(value) in (int, float, bool, str)
+def configure(name, argv=None, base=None, check=lambda: []):
+    """Override the settings of the script whose module has this name, and return all as a dict.
+
+    The order is: defaults, then argv. Scripts that apply a checkpoint's settings in between call
+    read_arguments and apply_settings themselves; see there.
+    """
+    given, problems = read_arguments(name, argv, base)
+    return apply_settings(name, given, {}, base, check, problems)
+
+def read_arguments(name, argv=None, base=None):
+    """Return what config files and --key=value set, as a dict, and a list of problems.
+
+    name: of the script's module. base: the name of another script's module, whose settings belong
+    to this script too. A later argument wins, and a config file can read what came before it.
+    """
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a sample may hold any character
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        print_help(name, base)
+        raise SystemExit(0)
+    defaults, given, problems = defaults_of(name, base), {}, []
+    # the scripts in data/ take no config files
+    configs = not Path(sys.modules[name].__file__).resolve().is_relative_to(Path(HERE, 'data'))
+    for arg in argv:  # first the form of all, because a config file is code, which runs
+        if not re.match('--.+?=', arg) and not (configs and find_config(arg)):
+            problems.append(f"'{arg}' is not --key=value" + ', nor a config file (.py)' * configs)
+    if problems:
+        fail(*problems)
+    for arg in argv:
+        key, equals, text = arg.removeprefix('--').partition('=')
+        origin, pairs = '', {key: text}
+        if not equals:
+            origin = f'{arg}, '
+            try:
+                pairs = read_config(find_config(arg), defaults | given)
+            except ValueError as e:
+                problems.append(f'{arg}, {e}')
+                continue
+        for key, value in pairs.items():
+            try:
+                given[key] = convert(key, value, defaults)
+            except ValueError as e:
+                hint = ': begin a helper variable with _' if origin and key not in defaults else ''
+                problems.append(f'{origin}{e}{hint}')
+    return given, problems
+
+def apply_settings(name, given, saved, base=None, check=lambda: [], problems=()):
+    """Set the settings of a script: defaults, then saved, then given; return all as a dict.
+
+    saved: of a checkpoint. Fails with all problems, also those that check() returns. The script's
+    global _given becomes the set of keys in given.
+    """
+    defaults, problems = defaults_of(name, base), list(problems)
+    settings = dict(defaults)
+    for key, value in saved.items():
+        if key in defaults:
+            try:
+                settings[key] = convert(key, value, defaults)
+            except ValueError as e:
+                problems.append(f'saved settings, {e}')
+    settings |= given
+    for module in modules(name, base):
+        for key in module._defaults:
+            setattr(module, key, settings[key])
+        module._given = set(given)
+        for key, choices in getattr(module, 'CHOICES', {}).items():
+            if settings[key] not in choices:
+                problems.append(f'{key}={settings[key]} must be one of '
+                                + ', '.join(map(str, choices)))
+        for key, (low, high) in getattr(module, 'LIMITS', {}).items():
+            if not low <= settings[key] <= high:
+                problems.append(f'{key}={settings[key]} must be between {low} and {high:g}')
+    problems += check()
+    if problems:
+        fail(*dict.fromkeys(problems))
+    return settings
+
+def modules(name, base=None):
+    """Return the modules whose settings a script has, given their names."""
+    return [sys.modules[key] for key in (base, name) if key]
+
+def defaults_of(name, base=None):
+    """Return the settings of a script as its source states them."""
+    defaults = {}
+    for module in modules(name, base):
+        if not getattr(module, '_defaults', None):  # at the first call, nothing has changed them
+            module._defaults = {key: value for key, value in vars(module).items()
+                                if key == key.lower() and key[0] != '_'
+                                and type(value) in (int, float, bool, str)}
+        defaults |= module._defaults
+    return defaults
+
+def settings_of(name):
+    """Return the present settings of the script whose module has this name, as a dict."""
+    return {key: getattr(sys.modules[name], key) for key in defaults_of(name)}
 
 def convert(key, value, defaults):
-    """Return `value` in the type of the default of setting `key`; ValueError states the rule."""
+    """Return `value` in the type of the default of setting `key`; ValueError states the rule.
+
+    value: the text of a flag, or what a config file or a checkpoint holds.
+    """
     if key not in defaults:
-        close = [name for name in OTHER_NAMES.get(key, '').split() if name in defaults]
-        close += difflib.get_close_matches(key, defaults, n=1)
+        close = difflib.get_close_matches(key, defaults, n=1)
         hint = f": did you mean '{close[0]}'?" if close else ''
         raise ValueError(f"unknown key '{key}'{hint} (--help lists all keys)")
-    value = value.item() if hasattr(value, 'item') else value  # a scalar of numpy or torch
-    kind, given, auto = type(defaults[key]), value, defaults[key] == 'auto'
-    if value in ('true', 'false') and (kind is bool or auto):
-        value = value.capitalize()
-    if isinstance(value, str) and (kind is not str or value in ('True', 'False') and auto):
+    kind, given = type(defaults[key]), value
+    if hasattr(value, 'item'):  # a scalar of numpy or torch
+        value = value.item()
+    if isinstance(value, str) and value.lower() in ('true', 'false') \
+            and (kind is bool or defaults[key] == 'auto'):
+        return value.lower() == 'true'
+    if isinstance(value, str) and kind is not str:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value.strip())
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)
-    with contextlib.suppress(OverflowError):
-        value = float(value) if kind is float and type(value) is int else value
-    kinds = (str, bool) if auto else (kind,)
-    if type(value) not in kinds or kind is int and abs(value) > 2**63:
-        raise ValueError(f'{key}={given!r}: {key} is {RULES[kind]}')
+    with contextlib.suppress(OverflowError):  # beyond the range of float
+        if kind is int and type(value) is float and value == int(value):
+            value = int(value)
+        if kind is float and type(value) is int:
+            value = float(value)
+    fits = type(value) is kind or type(value) is bool and defaults[key] == 'auto'
+    if not fits or kind is int and abs(value) > 2**63:
+        raise ValueError(f'{key}={given!r} must be {RULES[kind]}')
     return os.path.expanduser(value) if key in PATHS else value
 
 def find_config(name):
@@ -151,110 +246,45 @@ def find_config(name):
     paths = [os.path.join(folder, name + end) for folder in folders for end in ('', '.py')]
     return next((path for path in paths if path.endswith('.py') and os.path.isfile(path)), None)
 
-def read_config(path, config):
-    """Run a config file; return {name: value} of what it assigns. ValueError names the line."""
-    # names with a leading underscore, imports and functions are its own business
-    scratch = dict(config, __file__=path)
+def read_config(path, settings):
+    """Run a config file, which can read the settings; return {name: value} of what it assigns.
+
+    ValueError names the line of a mistake. Names with a leading underscore, functions and imports
+    are the file's own business.
+    """
+    # as builtins, the settings can be read; what the file assigns becomes a global of its own
+    names = {'__builtins__': vars(builtins) | settings, '__file__': path}
     try:
-        tree = ast.parse(pathlib.Path(path).read_text(encoding='utf-8-sig'), path)
-        exec(compile(tree, path, 'exec'), scratch)
+        exec(compile(Path(path).read_text(encoding='utf-8-sig'), path, 'exec'), names)
     except (Exception, SystemExit) as e:
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[0] if lines else getattr(e, 'lineno', None)
-        raise ValueError(f'line {line}: ' * bool(line) + f'{type(e).__name__}: {e}') from e
-    stored = [node for node in ast.walk(tree) if isinstance(getattr(node, 'ctx', 0), ast.Store)]
-    names = {node.id for node in stored if isinstance(node, ast.Name)}
-    names |= {key for key in config if scratch.get(key) is not config[key]}
-    return {key: value for key, value in scratch.items() if key in names and key[0] != '_'
-            and not callable(value) and type(value) is not type(sys)}
+        where = f'line {line}: ' if line else ''
+        raise ValueError(f'{where}{type(e).__name__}: {e}') from e
+    assigned = {key: value for key, value in names.items() if key[0] != '_'
+                and not callable(value) and type(value) is not type(sys)}
+    if not assigned:
+        raise ValueError('it assigns no setting: is it a config file?')
+    return assigned
 
-def configure(namespace, argv=None, saved=None, base=None, check=lambda: []):
-    """Override the settings in `namespace`, a script's globals(), and return all as a dict.
-
-    A setting is a public lower-case global. argv: config files and --key=value; a later one wins.
-    saved: settings of a checkpoint, which apply before argv. base: the globals of another script
-    whose settings belong to this script too. check: returns a list of further problems.
-    All problems are reported together. namespace['_given'] becomes the set of keys in argv.
-    """
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # a sample may hold any character
-    argv = sys.argv[1:] if argv is None else argv
-    spaces = [space for space in (base, namespace) if space is not None]
-    defaults = {}
-    for space in spaces:  # a second call starts from the defaults again
-        own = {k: v for k, v in space.items() if is_setting(k, v)}
-        space['_defaults'] = space.get('_defaults') or own
-        defaults |= space['_defaults']
-    if '--help' in argv or '-h' in argv:
-        print_help(spaces)
-        raise SystemExit(0)
-
-    config, given, problems = dict(defaults), set(), []
-    saved = {k: v for k, v in (saved or {}).items() if k in defaults}
-    override(config, saved, defaults, 'saved settings, ', problems)
-    # the scripts in data/ take no config files
-    configs = not os.path.abspath(namespace['__file__']).startswith(os.path.join(HERE, 'data'))
-    for arg in argv:  # first the form of all, because a config file is code, which runs
-        if not re.match('--.+?=', arg) and not (configs and find_config(arg)):
-            problems.append(f"'{arg}' is not --key=value" + ', nor a config file (.py)' * configs)
-    if problems:
-        fail(*problems)
-    for arg in argv:
-        key, equals, text = arg.removeprefix('--').partition('=')
-        if equals:
-            given |= override(config, {key: text}, defaults, '', problems)
-            continue
-        try:
-            pairs = read_config(find_config(arg), config)
-            given |= override(config, pairs, defaults, f'{arg}, ', problems)
-            if not pairs:
-                problems.append(f'{arg} assigns no setting: is it a config file?')
-        except ValueError as e:
-            problems.append(f'{arg}, {e}')
-    for space in spaces:
-        space.update({k: config[k] for k in space['_defaults']}, _given=given)
-        problems += check_values(config, space)
-    problems += check()
-    if problems:
-        fail(*dict.fromkeys(problems))
-    return config
-
-def override(config, pairs, defaults, origin, problems):
-    """Put {key: value} into config, and what is wrong with them into problems; return the keys."""
-    for key, value in pairs.items():
-        try:
-            config[key] = convert(key, value, defaults)
-        except ValueError as e:
-            helper = bool(origin) and key not in defaults
-            problems.append(f'{origin}{e}' + ': begin a helper variable with _' * helper)
-    return set(pairs)
-
-def check_values(config, space):
-    """Return what contradicts a script's LIMITS, {(lowest, highest): names}, and its CHOICES."""
-    problems = [f'{key}={config[key]}: {key} is one of {", ".join(map(str, choices))}'
-                for key, choices in space.get('CHOICES', {}).items() if config[key] not in choices]
-    for (low, high), names in space.get('LIMITS', {}).items():
-        problems += [f'{key}={config[key]}: {key} is between {low} and {high:g}'
-                     for key in names.split() if not low <= config[key] <= high]
-    return problems
-
-def print_help(spaces):
-    """Print the settings of scripts, given as their globals(), as they stand in the source."""
-    name = os.path.relpath(spaces[-1]['__file__'], HERE)
-    configs = '' if name.startswith('data') else '[config.py ...] '
-    print(f'{spaces[-1]["__doc__"]}\nusage: python {name} {configs}[--key=value ...]')
-    for space in spaces:
-        lines = pathlib.Path(space['__file__']).read_text(encoding='utf-8').splitlines()
+def print_help(name, base=None):
+    """Print the settings of a script as they stand in the source, with their comments."""
+    defaults, script = defaults_of(name, base), sys.modules[name]
+    path = os.path.relpath(script.__file__, HERE)
+    configs = '' if path.startswith('data') else '[config.py ...] '
+    print(f'{script.__doc__}\nusage: python {path} {configs}[--key=value ...]')
+    for module in modules(name, base):
+        lines = Path(module.__file__).read_text(encoding='utf-8').splitlines()
         for heading, line in zip([''] + lines, lines):
             setting = re.match(r'(\w+) = (.*?)  # (.*)', line)
-            if not setting or setting[1] not in space['_defaults']:
+            if not setting or setting[1] not in module._defaults:
                 continue
             if heading.startswith('# ') and '---' not in heading:
                 print(f'\n{heading}')
-            key, choices = setting[1], space.get('CHOICES', {}).get(setting[1])
+            key, choices = setting[1], getattr(module, 'CHOICES', {}).get(setting[1])
             comment = setting[3] + (f': {" | ".join(map(str, choices))}' if choices else '')
-            print(f'  --{key}={str(space["_defaults"][key]):<{max(1, 28 - len(key))}} {comment}')
+            print(f'  --{key}={str(defaults[key]):<{max(1, 28 - len(key))}} {comment}')
 
 # -----------------------------------------------------------------------------
 # setup: what the machine offers
@@ -274,10 +304,10 @@ class Process:
     def is_main(self):
         return self.rank == 0
 
-    def print(self, *args):
+    def print(self, *words):
         """Print at once, on rank 0 only."""
         if self.is_main:
-            print(*args, flush=True)
+            say(*words)
 
     def autocast(self):
         """Return a context in which matrix products run in self.dtype."""
@@ -316,6 +346,12 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor):
+        """Replace `tensor` by that of rank 0 in place and return it."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def gather(self, x):
         """Return the list of every process's x (any object), in the order of ranks."""
         everyones = [x] * self.world_size
@@ -346,11 +382,10 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
         fail(f'WORLD_SIZE={world_size}, but RANK, MASTER_ADDR or MASTER_PORT is missing: '
              'start the processes with torchrun')
     device = pick_device(device, local_rank)
-    nccl = device.type == 'cuda' and dist.is_nccl_available()  # torch for Windows has none
     if backend == 'auto':
-        backend = 'nccl' if nccl else 'gloo'
-    if backend == 'nccl' and not nccl and world_size > 1:
-        fail('backend=nccl needs CUDA devices and a torch with nccl: use --backend=gloo')
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    if backend == 'nccl' and device.type != 'cuda' and world_size > 1:
+        fail('backend=nccl needs CUDA devices: use --backend=gloo')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for products that stay in float32

@@ -56,8 +56,8 @@ device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cud
 dtype = 'auto'  # of the weights; auto is the fastest for this device
 quantize = ''  # int8: weights of one byte, on a CPU; changes logits by about 1% of their spread
 
-LIMITS = {(1, 1e9): 'num_samples max_new_tokens', (0, 1e9): 'temperature top_k',
-          (1e-9, 1): 'top_p', (0, 2**63 - 1): 'seed'}
+LIMITS = dict(num_samples=(1, 1e9), max_new_tokens=(1, 1e9), temperature=(0, 1e9),
+              top_k=(0, 1e9), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
 CHOICES = {'weights': ('best', 'last'), 'quantize': ('', 'int8'), 'dtype': configurator.DTYPES}
 
 @torch.inference_mode()
@@ -121,7 +121,7 @@ def read_weights(source):
     words += f'step {checkpoint["iter_num"]}'
     if loss < math.inf:  # inf: not evaluated yet
         words += f', best val loss {loss:.4f}'
-    return load_model(path, checkpoint), tokenizer_from_dict(checkpoint['tokenizer']), words
+    return load_model(checkpoint), tokenizer_from_dict(checkpoint['tokenizer']), words
 
 def write(model, tokenizer, prompt, idx, generator):
     """Print a sample for each row of idx (B, T); return the number of tokens of a sample.
@@ -386,4 +386,4 @@ class Int8Linear:
         return y if self.bias is None else y + self.bias
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

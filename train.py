@@ -12,7 +12,6 @@ import gc
 import math
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -20,12 +19,24 @@ import torch
 from torch import nn
 
 import configurator
-from configurator import Process, configure, fail, one_line_errors, run_main, setup, torchrun
+from configurator import (
+    Process,
+    apply_settings,
+    defaults_of,
+    fail,
+    one_line_errors,
+    peak_flops,
+    read_arguments,
+    run_main,
+    say,
+    settings_of,
+    setup,
+    torchrun,
+    total_memory,
+)
 from data import checkpoints, runs
-from data.checkpoints import checkpoint_path
 from data.dataset import divide, open_dataset
-from data.huggingface import gpt2_config, gpt2_folder, load_gpt2
-from data.tokenizers import pretrained_tokenizer, tokenizer_from_dict
+from data.tokenizers import tokenizer_from_dict
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, shard
 from sample import continue_text, pick_prompt
 
@@ -52,7 +63,6 @@ dataset = 'shakespeare_char'  # folder in data/
 gradient_accumulation_steps = 1  # micro-batches per update, in all processes
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
-input_noise = 0.0  # fraction of input tokens replaced at random (regularizes)
 skip_batches = 0  # updates whose data is skipped, in all; raise it to resume past bad data
 # model
 n_layer = 6  # blocks
@@ -81,7 +91,7 @@ muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # momentum of Muon
 max_iters = 5000  # number of updates
 train_iters = 0  # updates before this launch stops (and can be resumed); 0: no limit
-weight_decay = 0.1  # of matrices
+weight_decay = 0.1  # applies to matrices only
 beta1 = 0.9  # decay of AdamW's mean of gradients
 beta2 = 0.95  # decay of AdamW's mean of squared gradients
 grad_clip = 1.0  # largest gradient norm; 0 disables clipping
@@ -93,13 +103,13 @@ lr_decay_iters = 0  # update at which the decay ends; 0 means max_iters
 decay_frac = 0.4  # fraction of the run that decays, for lr_schedule=linear
 min_lr = 1e-4  # final learning_rate; the other rates fall in proportion
 # machine
-seed = 1337  # of weights, batches, dropout and samples
+seed = 1337  # for weights, batches, dropout and samples
 deterministic = False  # the same bits in every run, also on a GPU (slower)
 timeout_s = 1800  # abort if another process is silent for this many seconds
 device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cuda:1 | ...
-dtype = 'auto'  # of matrix products; auto is the fastest for this device
+dtype = 'auto'  # precision of matrix products; auto is the fastest for this device
 compile = 'auto'  # use torch.compile; auto: only for long runs on a GPU
-backend = 'auto'  # of torch.distributed
+backend = 'auto'  # backend of torch.distributed
 parallel = 'ddp'  # every process holds the whole model (ddp) or a shard of it (fsdp)
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, more time
 peak_tflops = 0.0  # peak of one device, for mfu; 0 looks it up, or measures a CPU
@@ -113,26 +123,38 @@ def linear(it, end):
     return 1 - fraction_done(it, max(warmup_iters, end * (1 - decay_frac)), end)
 
 SCHEDULES = {'cosine': cosine, 'linear': linear}
-CHOICES = {'activation': ACTIVATIONS, 'norm': NORMS, 'optimizer': ('adamw', 'muon'),
-           'lr_schedule': SCHEDULES, 'parallel': ('ddp', 'fsdp'), 'compile': ('auto', True, False),
-           'dtype': configurator.DTYPES, 'backend': ('auto', 'nccl', 'gloo')}
-LIMITS = {(1, 1e9): 'eval_interval log_interval gradient_accumulation_steps batch_size timeout_s',
-          (0, 1e9): 'eval_iters sample_tokens max_iters train_iters warmup_iters min_lr '
-                    'lr_decay_iters grad_clip weight_decay skip_batches peak_tflops '
-                    'embed_lr head_lr',
-          (1e-99, math.inf): 'learning_rate muon_lr', (0, 2**63 - 1): 'seed',
-          (0, 0.999999): 'beta1 beta2 muon_momentum input_noise', (0, 1): 'decay_frac'}
+CHOICES = dict(
+    activation=ACTIVATIONS, norm=NORMS, optimizer=('adamw', 'muon'), lr_schedule=SCHEDULES,
+    parallel=('ddp', 'fsdp'), compile=('auto', True, False), dtype=configurator.DTYPES,
+    backend=('auto', 'nccl', 'gloo'))
+POSITIVE, NOT_NEGATIVE, BELOW_ONE = (1, 1e9), (0, 1e9), (0, 0.999999)
+LIMITS = dict(
+    eval_interval=POSITIVE, log_interval=POSITIVE, gradient_accumulation_steps=POSITIVE,
+    batch_size=POSITIVE, timeout_s=POSITIVE, eval_iters=NOT_NEGATIVE, sample_tokens=NOT_NEGATIVE,
+    max_iters=NOT_NEGATIVE, train_iters=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE,
+    min_lr=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, grad_clip=NOT_NEGATIVE,
+    weight_decay=NOT_NEGATIVE, skip_batches=NOT_NEGATIVE, peak_tflops=NOT_NEGATIVE,
+    embed_lr=NOT_NEGATIVE, head_lr=NOT_NEGATIVE, learning_rate=(1e-99, math.inf),
+    muon_lr=(1e-99, math.inf), seed=(0, 2**63 - 1), beta1=BELOW_ONE, beta2=BELOW_ONE,
+    muon_momentum=BELOW_ONE, decay_frac=(0, 1))
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
-_defaults, _given = {}, set()  # filled by configure: the defaults; the keys that the user set
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
+_given = set()  # the keys that the user set, filled by configurator.py
+
+LEGEND = """legend of the log lines:
+  step     updates done                        loss         mean over the batch, nats per token
+  dt       seconds per update (mean)           dtf, dtb     forward, backward (last update)
+  sps      sequences per second                tps          tokens per second
+  sps_per_gpu, tps_per_gpu: the same per process
+  mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
+  norm     gradient norm before clipping       eta          time left, h:mm:ss"""
+LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
 
 # -----------------------------------------------------------------------------
-# signals
+# signals that end a run: Ctrl-C, kill, a closed terminal, Slurm's --signal=USR1
 
-# Ctrl-C, kill, a closed terminal, Slurm's --signal=USR1; Windows has the first two
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
-           if hasattr(signal, name)]
-
+           if hasattr(signal, name)]  # Windows has the first two
 
 def catch_signals(process):
     """Return a list to which SIGNALS are appended; a second Ctrl-C exits at once."""
@@ -153,37 +175,13 @@ def catch_signals(process):
             signal.signal(number, on_signal)
     return signals
 
-
-class Output:
-    """A standard output whose failure ends no run: what cannot be written is lost."""
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, work, *arguments):
-        try:
-            work(*arguments)
-        except OSError:  # a closed pipe or a full disk: nothing more goes there
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 @contextlib.contextmanager
-def guarded():
-    """Survive a failing standard output; at the end, put signal handlers and output back."""
-    stdout, handlers = sys.stdout, {number: signal.getsignal(number) for number in SIGNALS}
-    sys.stdout = Output(stdout)
+def restoring_signals():
+    """At the end, put back the signal handlers of the beginning."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
     finally:
-        sys.stdout = stdout
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -198,21 +196,26 @@ class Progress:
     best_val_loss: float = math.inf
     train_seconds: float = 0.0  # time spent in updates only
 
-@guarded()
+@restoring_signals()
 def main(argv=None):
     """Train as argv says (by default the command line)."""
-    checkpoint, out_lock = read_settings(argv)
-    resumed_at = checkpoint['iter_num'] if init_from == 'resume' else -1
+    checkpoint = read_settings(argv)  # or the weights of another model, or None
+    resuming = init_from == 'resume'
+    resumed_at = checkpoint['iter_num'] if resuming else -1
     last_iter = max(resumed_at, min(max_iters, max(0, resumed_at) + (train_iters or max_iters)))
-    # False: a signal left this step unevaluated
-    evaluated = resumed_at < 0 or checkpoint.get('evaluated', True)
+    # False: a signal cut off the evaluation at this step
+    evaluated = not resuming or checkpoint.get('evaluated', True)
     if resumed_at >= last_iter and evaluated and not eval_only:
-        return runs.nothing_to_do(resumed_at, max_iters)
+        if torchrun('RANK', 0) == 0:
+            say(f'nothing to do: the run is at step {resumed_at} of max_iters={max_iters}, '
+                'raise --max_iters to go on')
+        return
     process = setup(
         device=device, dtype=dtype, compile=compile, backend=backend, seed=seed,
         deterministic=deterministic, timeout_s=timeout_s,
         micro_batches=max_iters * gradient_accumulation_steps)
-    changed = [f'{k}={v}' for k, v in settings().items() if v != _defaults[k] or k == 'out_dir']
+    defaults = defaults_of(__name__)
+    changed = [f'{k}={v}' for k, v in settings().items() if v != defaults[k] or k == 'out_dir']
     process.print('settings:', *changed)
 
     # data
@@ -222,104 +225,104 @@ def main(argv=None):
     prompt = pick_prompt(tokenizer, sample_prompt, sample_tokens and 'sample_prompt' in _given)
 
     # model and optimizers: new, from a checkpoint, or from other weights
-    checkpoints.check_resume(checkpoint, data_id, tokenizer, settings(), process)
+    check_start(checkpoint, data_id, tokenizer, process)
     model = make_model(checkpoint, tokenizer, process)
-    globals().update({k: v for k, v in asdict(model.config).items() if k in _defaults})
     process.print(f'{n_layer} layers, {n_head} heads, {n_embd} channels, '
                   f'{model.num_params():,} parameters without position embeddings')
     learner = make_learner(model, process)
-    progress = resume(learner, checkpoint) if resumed_at >= 0 else Progress()
+    progress = resume(learner, checkpoint) if resuming else Progress()
     checkpoint = None  # frees its memory
     if eval_only:
         print_losses(learner, {'train': train_data, 'val': val_data})
         return process.close()
 
     # files, signals and compilation
-    metrics = None
-    if process.is_main:
-        metrics = runs.begin(settings(), model, resumed_at, out_lock)
+    metrics = runs.begin(settings(), model, resumed_at) if process.is_main else None
     signals = catch_signals(process)
     compile_forward(learner)
-    peak = peak_tflops * 1e12 or configurator.peak_flops(process)
-    process.print(runs.LEGEND)
+    peak = peak_tflops * 1e12 or peak_flops(process)
+    process.print(LEGEND)
 
     # train_seconds counts updates only, without evaluation, sampling and saving
     last_log = replace(progress)
     stop, overflows, t0 = False, 0, time.perf_counter()
     while True:
         it = progress.iter_num
+        eval_due = it % eval_interval == 0 or it == last_iter
+        if it == resumed_at and evaluated:
+            eval_due = False
 
         # once in a while: evaluate, sample, and save the best weights
-        due = (it % eval_interval == 0 or it == last_iter) and not (evaluated and it == resumed_at)
-        if due and not stop:
+        if eval_due and not stop:
             t1 = time.perf_counter()
             rough = it == 0 and init_from == 'scratch'
             n = min(eval_iters or 10, 10) if rough else eval_iters
             losses = [evaluate(learner, d, n, signals) for d in (train_data, val_data)]
             stop = None in losses
-        if due and not stop:
+        if eval_due and not stop:
             train_loss, val_loss = losses
             if not math.isfinite(train_loss + val_loss):
                 checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
-            # random weights are never the best
-            best = it > 0 or init_from not in ('scratch', 'resume')
-            best = best and val_loss < progress.best_val_loss
-            if best:
+            has_trained = it > 0 or init_from not in ('scratch', 'resume')
+            is_best = has_trained and val_loss < progress.best_val_loss
+            if is_best:
                 progress.best_val_loss = val_loss
+            bits_per_byte = val_data.bits_per_byte(val_loss)
             process.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} '
                           f'best_val_loss={min(progress.best_val_loss, val_loss):.4f} '
-                          f'bits_per_byte={val_data.bits_per_byte(val_loss):.4f} '
+                          f'bits_per_byte={bits_per_byte:.4f} '
                           f'train_seconds={progress.train_seconds:.1f} '
                           f'(evaluated in {time.perf_counter() - t1:.1f} s)')
             if metrics:
                 metrics.write(step=it, train_loss=train_loss, val_loss=val_loss,
-                              train_seconds=progress.train_seconds)
+                              bits_per_byte=bits_per_byte, train_seconds=progress.train_seconds)
             if sample_tokens:  # on all ranks: with fsdp each holds a shard
                 generator = process.generator('sample', it, device=process.device)
                 text = continue_text(model, tokenizer, prompt, sample_tokens, generator)
                 process.print(f'--- sample at step {it}, after [prompt] ---\n{text}\n---')
-            if best or it and always_save_checkpoint:
+            if is_best or it and always_save_checkpoint:
                 save('model.pth', learner, tokenizer, iter_num=it, val_loss=val_loss)
 
         # save all that is needed to resume
-        if stop or due and (it or it == last_iter):
+        save_due = eval_due and (it > 0 or last_iter == 0)
+        if stop or save_due:
             save('ckpt.pt', learner, tokenizer, **asdict(progress), data=data_id,
-                 evaluated=not (due and stop),
+                 evaluated=not (eval_due and stop),
                  optimizer=[opt.state_dict() for opt in learner.optimizers],
                  scaler=learner.scaler.state_dict())
-        if due and metrics:
+        if eval_due and metrics:
             metrics.plot()
-        t0 = time.perf_counter() if due else t0
+        if eval_due:
+            t0 = time.perf_counter()
 
         # stop?
         if stop or it == last_iter:
             break
 
         # update the weights
-        logged = it == 0 or (it + 1) % log_interval == 0
+        log_due = it == 0 or (it + 1) % log_interval == 0
         batches = training_batches(learner, train_data, progress)
-        row = update(learner, batches, lr_factor(it), signals, timed=logged)
-        stop, bad = row.pop('stop'), row.pop('bad')
-        overflows = overflows + 1 if bad else 0
+        row, stop, bad = update(learner, batches, lr_factor(it), signals, timed=log_due)
         if bad == 'loss' or bad and not learner.scaler.is_enabled():
             checkpoints.give_up(f'the {bad} is not finite at iteration {it}', out_dir)
+        overflows = overflows + 1 if bad else 0
         if overflows == MAX_OVERFLOWS:
             checkpoints.give_up(f'{overflows} float16 overflows in a row', out_dir)
         if overflows:
             process.print(f'note: float16 overflow, update skipped ({overflows} in a row)')
-        now = process.clock(wait=logged)
+        now = process.clock(wait=log_due)
         progress.train_seconds += now - t0
         t0 = now
         progress.iter_num += 1
         progress.position += gradient_accumulation_steps * batch_size
 
         # log
-        if logged:
+        if log_due:
             seconds = progress.train_seconds - last_log.train_seconds
             dt = seconds / (progress.iter_num - last_log.iter_num)
             last_log = replace(progress)
             row |= speeds(dt, learner, peak) | {'eta': (last_iter - progress.iter_num) * dt}
-            process.print(runs.log_line(progress.iter_num, row, process.world_size))
+            process.print(log_line(progress.iter_num, row, process.world_size))
             if metrics:
                 metrics.write(step=progress.iter_num, **row)
 
@@ -336,37 +339,47 @@ def main(argv=None):
 
 def settings():
     """Return the present settings as a dict."""
-    return {key: globals()[key] for key in _defaults}
+    return settings_of(__name__)
 
 def read_settings(argv):
-    """Apply argv; return the checkpoint to start from and the lock of out_dir, each or None."""
-    def resuming():
-        files = [os.path.join(out_dir, name) for name in (ckpt, 'ckpt_prev.pt')]
-        return init_from == 'resume' or init_from == 'auto' and any(map(os.path.exists, files))
-    # on resuming, check later, with the checkpoint's settings
-    configure(globals(), argv, check=lambda: [] if resuming() else check_settings())
-    checkpoint = out_lock = None
-    if resuming():
-        path = os.path.join(out_dir, ckpt)
-        if os.path.exists(path) and not eval_only and torchrun('RANK', 0) == 0:
-            out_lock = runs.claim(out_dir)  # from now on, no other run replaces the checkpoint
-        checkpoint = checkpoints.load_checkpoint(path)
+    """Set the settings; return the checkpoint or the weights that the run starts from, or None.
+
+    The order is: defaults, then the checkpoint's settings or the shape of the weights, then argv.
+    """
+    given, problems = read_arguments(__name__, argv)
+    wanted = defaults_of(__name__) | given
+    start, folder = wanted['init_from'], wanted['out_dir']
+    checkpoint, saved = None, {}
+    if start == 'auto':
+        names = [os.path.join(folder, name) for name in (wanted['ckpt'], 'ckpt_prev.pt')]
+        start = 'resume' if any(map(os.path.exists, names)) else 'scratch'
+        given['init_from'] = start
+    if start == 'resume':
+        checkpoint = checkpoints.load_checkpoint(os.path.join(folder, wanted['ckpt']))
         if 'optimizer' not in checkpoint:
-            fail(f'{path} holds only weights: resume from ckpt.pt or ckpt_prev.pt')
-        saved = {k: v for k, v in checkpoint['config'].items() if k not in NOT_RESUMED}
-        configure(globals(), argv, saved, check=check_settings)
-    elif skip_batches or ckpt != 'ckpt.pt':
-        fail('--skip_batches and --ckpt are for --init_from=resume')
-    elif path := checkpoint_path(init_from):  # a new run from the weights of another
-        checkpoint = checkpoints.load_checkpoint(path)
+            fail(f'{wanted["ckpt"]} holds only weights: resume from ckpt.pt or ckpt_prev.pt')
+        saved = checkpoint['config'] | checkpoint['model_args']
+        saved = {k: v for k, v in saved.items() if k not in NOT_RESUMED}
+    elif wanted['skip_batches'] or wanted['ckpt'] != 'ckpt.pt':
+        problems.append('--skip_batches and --ckpt are for --init_from=resume')
+    elif start != 'scratch':
+        with checkpoints.usable(start):
+            checkpoint = checkpoints.read_weights(start)
         saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
-        configure(globals(), argv, saved, check=check_settings)
-    if init_from == 'auto':
-        globals()['init_from'] = 'resume' if checkpoint else 'scratch'
-    return checkpoint, out_lock
+    apply_settings(__name__, given, saved, check=check_settings, problems=problems)
+
+    # what follows from other settings, unless the user gave it
+    global min_lr, parallel
+    if decay_lr and min_lr > learning_rate:
+        min_lr = learning_rate / 10  # as far below as the default
+    alone = torchrun('WORLD_SIZE', 1) == 1
+    if parallel == 'fsdp' and alone and 'parallel' not in _given:
+        parallel = 'ddp'
+        say('note: --parallel=ddp, because there is only one process')
+    return checkpoint
 
 def check_settings():
-    """Return the problems that LIMITS and CHOICES do not find."""
+    """Return what is wrong with settings that LIMITS and CHOICES do not know."""
     problems = []
     try:
         model_shape(vocab_size=1)
@@ -378,39 +391,79 @@ def check_settings():
         problems.append(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}')
     if decay_lr and min_lr > learning_rate and 'min_lr' in _given:
         problems.append(f'min_lr={min_lr} is above learning_rate={learning_rate}')
-    elif decay_lr and min_lr > learning_rate:  # as far below as the default
-        globals()['min_lr'] = learning_rate / 10
-        if torchrun('RANK', 0) == 0:
-            print(f'note: min_lr={min_lr:g}, a tenth of learning_rate={learning_rate:g}')
     return problems
 
 def model_shape(vocab_size):
     """Return the GPTConfig of the settings; GPT-2's vocabulary is padded to a multiple of 64."""
-    names = [field.name for field in fields(GPTConfig) if field.name in _defaults]
-    return GPTConfig(vocab_size=50304 if vocab_size == 50257 else vocab_size,
-                     **{name: globals()[name] for name in names})
+    present = settings()
+    shape = {field.name: present[field.name] for field in fields(GPTConfig)
+             if field.name != 'vocab_size'}
+    return GPTConfig(vocab_size=50304 if vocab_size == 50257 else vocab_size, **shape)
+
+def check_start(checkpoint, data_id, tokenizer, process):
+    """Fail if settings or data contradict the checkpoint, or if ranks disagree about its step.
+
+    checkpoint: also the weights of another model, or None. data_id: the dataset's name, sha256 and
+    numbers of tokens, as a checkpoint stores them. The content counts, not the name.
+    """
+    resuming = init_from == 'resume'
+    steps = process.gather(checkpoint['iter_num'] if resuming else 0)
+    if len(set(steps)) > 1:
+        fail(f'ranks resume at steps {steps}: do all see the same {out_dir}?')
+    if checkpoint is None:
+        return
+    problems, present = [], settings()
+    source = out_dir if resuming else init_from
+    for key, value in checkpoint['model_args'].items():
+        may_change = key == 'dropout' or key == 'block_size' and block_size < value and not resuming
+        if key in _given and present[key] != value and not may_change:
+            problems.append(f'{key}={present[key]} but the model of {source} has {key}={value}')
+    if checkpoint['tokenizer'] != tokenizer.to_dict():
+        problems.append(f'data/{dataset} has a vocabulary of {tokenizer.vocab_size} other tokens '
+                        f'than {source}: write it in the same tokens with python '
+                        f'data/text/prepare.py --input=FILE --name=NAME --tokenizer={source}')
+    if resuming:
+        saved, before = checkpoint['data'], checkpoint['config']
+        other_data = saved and any(saved[key] != data_id[key] for key in ('sha256', 'tokens'))
+        if other_data and not eval_only:  # evaluation takes any data in the same tokens
+            problems.append(f'data/{dataset} is not the text that the checkpoint was trained on: '
+                            f'resume with --dataset={saved["dataset"]}, or only evaluate with '
+                            '--eval_only=True')
+        if skip_batches < before.get('skip_batches', 0):
+            problems.append(f'skip_batches={skip_batches} is below the {before["skip_batches"]} '
+                            'that were skipped already')
+        # a checkpoint of nanoGPT has no optimizer
+        if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):
+            problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
+    if problems:
+        fail(*problems)
 
 # -----------------------------------------------------------------------------
 # model and optimizers
 
 def make_model(checkpoint, tokenizer, process):
-    """Return a model with new or loaded weights."""
+    """Return a model on the CPU, with the weights of the checkpoint or new ones."""
+    if checkpoint:
+        path = os.path.join(out_dir, ckpt) if init_from == 'resume' else init_from
+        with checkpoints.usable(path):
+            return checkpoints.load_model(checkpoint, dropout=dropout, block_size=block_size)
     shape = model_shape(tokenizer.vocab_size)
-    if init_from == 'scratch':
-        need_memory(shape, 1 if parallel == 'ddp' else process.world_size, process)
-        model = GPT(shape)
-    elif checkpoint:
-        path = checkpoint_path(init_from) or os.path.join(out_dir, ckpt)
-        model = checkpoints.load_model(path, checkpoint, dropout=dropout)
-        check_weights(model.config, checkpoint['tokenizer'], tokenizer, settings(), _given)
-    else:
-        found, theirs, load = find_gpt2(init_from, shape, process)
-        check_weights(found, theirs, tokenizer, settings(), _given)
-        model = load()
-    model.to(process.device)
-    for p in model.parameters():  # broadcast rank 0's: other CPUs draw other numbers
-        process.all_reduce(p.data.mul_(process.is_main))
-    return model
+    need_memory(shape, process)
+    return GPT(shape)
+
+def need_memory(shape, process):
+    """Fail if training a model of this GPTConfig can never fit into the memory of the device."""
+    c = shape
+    tables = 1 if c.tie_weights else 2
+    n = 12 * c.n_layer * c.n_embd**2 + (tables * c.vocab_size + c.block_size) * c.n_embd
+    need = 16 * n  # weights, gradients and two moments of AdamW, in float32
+    if parallel == 'fsdp':
+        need /= process.world_size
+    have = total_memory(process.device)
+    if need > have:
+        fail(f'a model of {n / 1e6:,.0f}M parameters takes {need / 1e9:.1f} GB in training, '
+             f'{process.device} has {have / 1e9:.1f} GB: use a smaller n_embd or n_layer, or '
+             '--parallel=fsdp on more devices')
 
 @dataclass
 class Learner:
@@ -426,10 +479,7 @@ class Learner:
     sums: torch.Tensor = None  # ddp, several ranks: flat gradients, then loss and stop
 
 def make_learner(model, process):
-    """Move the model to the device, or shard it over all processes; make its optimizers."""
-    if parallel == 'fsdp' and process.world_size == 1 and 'parallel' not in _given:
-        globals()['parallel'] = 'ddp'
-        process.print('note: --parallel=ddp, because there is only one process')
+    """Give all processes the same weights, or each a shard of them, and make the optimizers."""
     if parallel == 'fsdp' and (process.world_size == 1 or process.dtype == torch.float16):
         fail('--parallel=fsdp needs torchrun --nproc_per_node=N, N > 1, and float32 or bfloat16: '
              'use --parallel=ddp')
@@ -438,7 +488,11 @@ def make_learner(model, process):
     for module in model.modules():
         if isinstance(module, Dropout):
             module.part, module.parts = rows.start // len(rows), parts
-    model = shard(model, process) if parallel == 'fsdp' else model.to(process.device)
+    model.to(process.device)
+    for p in model.parameters():  # on another CPU, the same seed may give other random numbers
+        process.broadcast(p.data)
+    if parallel == 'fsdp':
+        model = shard(model, process)
     optimizers = make_optimizers(model, process)
     params = [p for opt in optimizers for group in opt.param_groups for p in group['params']]
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
@@ -515,18 +569,18 @@ def training_batches(learner, data, progress):
     process, rows = learner.process, learner.rows
     for i in learner.micro_batches:
         first = progress.position + i * batch_size + rows.start
-        idx, targets = data.train_batch(first, len(rows), process, input_noise)
+        idx, targets = data.train_batch(first, len(rows), process)
         dropout_seed = process.derive_seed('dropout', progress.iter_num, i)
         yield dropout_seed, process.to_device(idx), process.to_device(targets)
 
 def update(learner, batches, factor, signals=(), timed=True):
-    """Update the weights once; return a dict of what is logged.
+    """Update the weights once; return (row, stop, bad).
 
     batches: this rank's micro-batches, each read while a GPU computes the previous one.
     factor: fraction of the peak learning rates. signals: not empty if this rank wants to stop.
     timed: synchronize between forward and backward so that their times are accurate.
-    The dict also has `stop`, whether any rank wants to stop, and `bad`: what is not finite, or ''.
-    If something is bad, the weights have not changed.
+    row: a dict of what is logged. stop: whether any rank wants to stop. bad: what is not finite, or
+    ''; if something is bad, the weights have not changed.
     """
     process, scaler, params = learner.process, learner.scaler, learner.params
     count, sharded = len(learner.micro_batches), checkpoints.is_sharded(params[0])
@@ -577,8 +631,8 @@ def update(learner, batches, factor, signals=(), timed=True):
         if learner.sums is None:
             opt.zero_grad()
     scaler.update()
-    return {'loss': loss, 'norm': norm_value, 'lr': learning_rate * factor, 'dtf': dtf, 'dtb': dtb,
-            'stop': stop > 0, 'bad': bad}
+    row = {'loss': loss, 'norm': norm_value, 'lr': learning_rate * factor, 'dtf': dtf, 'dtb': dtb}
+    return row, stop > 0, bad
 
 def lr_factor(it):
     """Return the learning rates of update `it` (from 0), as a fraction of their peaks."""
@@ -628,12 +682,20 @@ def print_losses(learner, splits):
                               f'bits_per_byte={data.bits_per_byte(loss):.4f}')
 
 def speeds(dt, learner, peak):
-    """Return the speeds of an update that takes dt seconds, as runs.LEGEND explains them."""
+    """Return the speeds of an update that takes dt seconds, as LEGEND explains them."""
     sps, world_size = gradient_accumulation_steps * batch_size / dt, learner.process.world_size
     tps = sps * block_size
     mfu = peak and 100 * learner.model.flops_per_token() * tps / world_size / peak
     return {'dt': dt, 'sps': sps, 'sps_per_gpu': sps / world_size, 'tps': tps,
             'tps_per_gpu': tps / world_size, 'mfu': mfu}
+
+def log_line(step, row, world_size):
+    """Return the log line of an update, as LEGEND explains it; row: its numbers."""
+    words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED
+             if world_size > 1 or not k.endswith('per_gpu')]
+    eta = int(row['eta'])
+    words.append(f'eta={eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}')
+    return f'step={step} {" ".join(words)}'
 
 def save(name, learner, tokenizer, **more):
     """Write weights, settings and tokenizer to out_dir/name. All ranks call this together."""
@@ -641,56 +703,6 @@ def save(name, learner, tokenizer, **more):
         'format': checkpoints.VERSION, 'model': dict(learner.model.state_dict()),
         'model_args': asdict(learner.model.config), 'config': settings(),
         'tokenizer': tokenizer.to_dict(), **more})
-
-# -----------------------------------------------------------------------------
-# weights to start from
-
-def find_gpt2(init_from, wanted, process):
-    """Return (shape, tokenizer, load) of the GPT-2 that --init_from names.
-
-    init_from: a name of GPT-2, or a folder with its weights. wanted: the GPTConfig of the settings;
-    its dropout holds, and its block_size shortens the model. shape: the GPTConfig of the weights.
-    tokenizer: as its to_dict returns it. load: a function that returns the model.
-    """
-    def load():
-        with one_line_errors(f'--init_from={init_from}: '):
-            folder = gpt2_folder(init_from, process=process)
-            return load_gpt2(folder, wanted.block_size, wanted.dropout)
-    with one_line_errors(f'--init_from={init_from}: '):
-        folder = gpt2_folder(init_from, ['config.json'], process)  # the weights come later
-        shape = gpt2_config(folder, wanted.block_size, wanted.dropout)
-        return shape, pretrained_tokenizer(init_from, shape.vocab_size), load
-
-def check_weights(shape, theirs, tokenizer, settings, given):
-    """Fail if the settings or the data contradict loaded weights.
-
-    shape: the GPTConfig of the weights. theirs: their tokenizer, as its to_dict returns it.
-    tokenizer: of the data. given: the keys of the settings that the user gave.
-    """
-    source = settings['init_from']
-    problems = [f'{key}={settings[key]} but the model of init_from={source} has {key}={value}'
-                for key, value in asdict(shape).items() if key in given and settings[key] != value]
-    if theirs != tokenizer.to_dict():
-        problems.append(f'the data has a vocabulary of {tokenizer.vocab_size} other tokens than '
-                        f'{source}: write it in the same tokens with python data/text/prepare.py '
-                        f'--input=FILE --name=NAME --tokenizer={source}')
-    if problems:
-        fail(*problems)
-
-def need_memory(shape, shards, process):
-    """Fail if training a model of this GPTConfig can never fit into the memory of the device.
-
-    shards: the number of processes that share the model.
-    """
-    c = shape
-    tables = 1 if c.tie_weights else 2
-    n = 12 * c.n_layer * c.n_embd**2 + (tables * c.vocab_size + c.block_size) * c.n_embd
-    need = 16 * n / shards  # weights, gradients and two moments of AdamW, in float32
-    have = configurator.total_memory(process.device)
-    if need > have:
-        fail(f'a model of {n / 1e6:,.0f}M parameters takes {need / 1e9:.1f} GB in training, '
-             f'{process.device} has {have / 1e9:.1f} GB: use a smaller n_embd or n_layer, or '
-             '--parallel=fsdp on more devices')
 
 if __name__ == '__main__':
     run_main(main)

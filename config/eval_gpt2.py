@@ -1,7 +1,8 @@
-# Evaluate OpenAI's gpt2 on Shakespeare, or with --dataset=openwebtext on OpenWebText
+# Evaluate OpenAI's GPT-2 on Shakespeare, or with --dataset=openwebtext on OpenWebText
 #     python train.py config/eval_gpt2.py
+#     python train.py config/eval_gpt2.py --init_from=gpt2-xl
 # Never run: OpenAI's weights could not be downloaded on the machines where quill was measured.
-init_from = 'gpt2'
+init_from = 'gpt2'  # or gpt2-medium, gpt2-large, gpt2-xl
 eval_only = True
 dataset = 'shakespeare'
 batch_size = 8

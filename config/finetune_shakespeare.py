@@ -16,6 +16,4 @@ block_size = 1024
 max_iters = 20
 
 learning_rate = 3e-5
-min_lr = 3e-5
-decay_lr = False
-warmup_iters = 0
+decay_lr = False  # a constant learning rate

@@ -1,8 +1,7 @@
 # GPT-2 (124M) on OpenWebText, about 0.5M tokens per update, as in nanoGPT's reproduction of GPT-2
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
-# Never run: no GPU was available. The micro-batch is for GPUs of 80 GB by an estimate: a compiled
-# update takes 0.5 GB for each sequence, and 2 GB for weights, gradients and AdamW, so 18 GB in all.
-# Without compilation it takes twice as much.
+# Never run: no GPU was available. Estimated GPU memory of a compiled update: 0.5 GB per sequence,
+# and 2 GB for weights, gradients and AdamW, 18 GB in all. An eager update takes twice as much.
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 eval_interval = 1000

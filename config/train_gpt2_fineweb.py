@@ -1,10 +1,10 @@
 # The recipe of modded-nanogpt's train_gpt_simple.py: val loss 3.28 on FineWeb after 1.7B tokens
 #     python data/fineweb/prepare.py --shards=18
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2_fineweb.py
-# Not measured here, because no GPU was available. What differs from the original: Muon takes 5
+# That loss is modded-nanogpt's. Never run here: no GPU was available. What differs: Muon takes 5
 # steps, not 12, and gives all rows one length; softcap is a tanh; queries and keys have LayerNorm,
-# not RMSNorm; the output matrix has no bias and decays as much as the matrices of the blocks.
-# By an estimate, a compiled update takes 22 GB of a GPU, an eager one more than twice as much.
+# not RMSNorm; the output matrix has no bias and decays like the matrices of the blocks.
+# Estimated GPU memory: 22 GB for a compiled update, more than twice as much for an eager one.
 out_dir = 'out-gpt2-fineweb'
 dataset = 'fineweb'
 eval_interval = 125
@@ -29,8 +29,8 @@ attn_scale = 0.12
 softcap = 15.0
 
 optimizer = 'muon'
-learning_rate = 0.015  # of vectors
-embed_lr = 0.014  # 0.7 for embeddings of standard deviation 1; here it is 0.02
+learning_rate = 0.015  # applies to vectors
+embed_lr = 0.014  # the original: 0.7, for embeddings with 50 times the standard deviation
 head_lr = 0.004
 muon_lr = 0.025
 weight_decay = 0.05

@@ -1,8 +1,10 @@
 # GPT-2 xl (1558M) on OpenWebText; FSDP shards the parameters over the GPUs
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2_xl_fsdp.py
-# Never run: no GPU was available. The micro-batch is for eight GPUs of 80 GB by an estimate: a
-# compiled update takes 2.7 GB for each sequence without activation checkpointing, and 14 GB for
-# weights, gradients and AdamW, so 41 GB in all.
+# Other sizes: add the flags of one line, and another --out_dir.
+#     large (774M)    --n_layer=36 --n_head=20 --n_embd=1280 --learning_rate=2.5e-4
+#     medium (350M)   --n_layer=24 --n_head=16 --n_embd=1024 --learning_rate=3e-4
+# Never run: no GPU was available. Estimated memory of each of eight GPUs for a compiled update of
+# the xl: 2.7 GB per sequence and 14 GB for weights, gradients and AdamW, 41 GB in all.
 out_dir = 'out-gpt2-xl'
 dataset = 'openwebtext'
 eval_interval = 1000

@@ -1,14 +1,14 @@
 # A GPT of 5.0M parameters that learns to write whole stories, on a laptop
 #     python data/tinystories/prepare.py --mb=200
 #     python train.py config/train_tinystories.py
-# Not measured: the stories could not be downloaded where this was written.
+# Never run: the stories could not be downloaded on the machines where quill was measured.
 out_dir = 'out-tinystories'
 dataset = 'tinystories'
 eval_interval = 500
 eval_iters = 40
 sample_prompt = 'Once upon a time'
 
-# 5 layers of 256 channels, and 4,096 tokens, whose matrix is that of the output, too
+# 5 layers of 256 channels; the 4,096 tokens share one matrix with the output
 n_layer = 5
 n_head = 2
 n_embd = 256

@@ -6,40 +6,57 @@ A checkpoint is a dict of plain values and tensors:
     in model.pth     val_loss
     in ckpt.pt       optimizer, scaler, best_val_loss, train_seconds, data, position
 """
+import contextlib
 import os
 import zipfile
+from dataclasses import fields
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import fail, first_line, one_line_errors, torchrun
+from configurator import fail, first_line, say, torchrun
 from data.dataset import adopt_nanogpts, read_meta
 from data.files import cannot_write, replace_file
-from data.huggingface import GPT2_NAMES
+from data.huggingface import GPT2_NAMES, read_pretrained
 from data.tokenizers import tokenizer_size
 from model import GPT, GPTConfig, Muon, is_sharded
 
 VERSION = 1  # of the format
 
+# -----------------------------------------------------------------------------
+# reading
+
+def read_weights(source):
+    """Return weights with their model_args and tokenizer, as a dict; a checkpoint has more keys.
+
+    source: a run's folder, a checkpoint, a name of GPT-2, or a folder of Hugging Face. ValueError
+    or OSError says why it cannot be used.
+    """
+    path = checkpoint_path(source)
+    return read_checkpoint(path) if path else read_pretrained(source)
 
 def checkpoint_path(init_from):
     """Return the path of the weights if --init_from names a run's folder or checkpoint, or None."""
-    if init_from in ('scratch', 'resume', 'auto', *GPT2_NAMES):
+    if init_from in GPT2_NAMES:
         return None
     names = [os.path.join(init_from, 'model.pth'), os.path.join(init_from, 'ckpt.pt'), init_from]
     return next(filter(os.path.isfile, names), None)
-
 
 def load_checkpoint(path):
     """Return the checkpoint at path, its tensors on the CPU; fail if it is missing or damaged."""
     if not os.path.exists(path):
         folder, name = os.path.split(path)
         fail(f'no {name} in {folder or "."}: {alternative(path)}')
-    try:
+    with usable(path):
         return read_checkpoint(path)
+
+@contextlib.contextmanager
+def usable(path):
+    """Fail on a ValueError about the checkpoint at path, and say what to use instead."""
+    try:
+        yield
     except ValueError as e:
         fail(f'cannot use {path}: {e}; {alternative(path)}')
-
 
 def read_checkpoint(path):
     """Return the checkpoint at path; ValueError says what is wrong with it.
@@ -64,10 +81,6 @@ def read_checkpoint(path):
     version = checkpoint.get('format', 0)
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(f'its format {version} is newer than what this quill reads ({VERSION})')
-    if 'shards' in checkpoint:
-        raise ValueError('its weights are in shards-*/, which this quill does not read: go on for '
-                         'one update with quill at commit 906f3db, --parallel=ddp and '
-                         '--checkpoint_format=full')
     if 'format' not in checkpoint:
         adopt_nanogpt(checkpoint)
     needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict,
@@ -82,18 +95,17 @@ def read_checkpoint(path):
             raise ValueError(f'it has no {key}')
     return checkpoint
 
-
 def adopt_nanogpt(checkpoint):
     """Complete a checkpoint of nanoGPT in place. Its optimizer state is not used."""
     try:
         weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-        # without the causal mask
-        checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
         checkpoint['best_val_loss'] = float(checkpoint['best_val_loss'])
         name = os.path.basename(checkpoint['config']['dataset'])
         gpt2 = checkpoint['model_args']['vocab_size'] in (50257, 50304)
     except (KeyError, TypeError, AttributeError):
         raise ValueError('it is a checkpoint neither of quill nor of nanoGPT')
+    # without the causal mask
+    checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
     try:
         if not gpt2:
             adopt_nanogpts(name)
@@ -102,56 +114,32 @@ def adopt_nanogpt(checkpoint):
         raise ValueError(f"it is nanoGPT's and holds no tokenizer: prepare data/{name} first")
     checkpoint |= dict(optimizer=[], scaler={}, train_seconds=0.0, data={}, position=0)
     if torchrun('RANK', 0) == 0:
-        print("note: this checkpoint is nanoGPT's: its optimizer starts anew, and nothing tells "
-              'whether the data is the same', flush=True)
+        say("note: this checkpoint is nanoGPT's: its optimizer starts anew, and nothing tells "
+            'whether the data is the same')
 
+def load_model(checkpoint, **changes):
+    """Return the GPT of a checkpoint; changes replace its model_args.
 
-def check_resume(checkpoint, data_id, tokenizer, settings, process):
-    """Fail if data or settings contradict the checkpoint, or if ranks disagree about its step.
-
-    data_id: the dataset's name, sha256 and numbers of tokens, as a checkpoint stores them. The
-    content counts, not the name. Evaluation takes any data in the same tokens.
+    A smaller block_size keeps that many learned positions. ValueError says what does not fit.
     """
-    resuming = settings['init_from'] == 'resume'
-    steps = process.gather(checkpoint['iter_num'] if resuming else 0)
-    if len(set(steps)) > 1:
-        fail(f'ranks resume at steps {steps}: do all see the same {settings["out_dir"]}?')
-    if not resuming:
-        return
-    problems, name, saved = [], f'data/{data_id["dataset"]}', checkpoint['data']
-    if any(saved.get(key, data_id[key]) != data_id[key] for key in ('sha256', 'tokens')) \
-            and not settings['eval_only']:
-        problems.append(f'{name} is not the text that the checkpoint was trained on: resume with '
-                        f'--dataset={saved["dataset"]}, or only evaluate with --eval_only=True')
-    if checkpoint['tokenizer'] != tokenizer.to_dict():
-        problems.append(f'{name} has another tokenizer than the checkpoint')
-    skip, skipped = settings['skip_batches'], checkpoint['config'].get('skip_batches', 0)
-    if skip < skipped:
-        problems.append(f'skip_batches={skip} is below the {skipped} that were skipped already')
-    optimizer = settings['optimizer']
-    # a checkpoint of nanoGPT has no optimizer
-    if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):
-        problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
-    if problems:
-        fail(*problems)
-
-
-def load_model(path, checkpoint, **changes):
-    """Return the GPT of the checkpoint read from path; changes replace its model_args."""
+    args, weights = checkpoint['model_args'] | changes, dict(checkpoint['model'])
+    if unknown := set(args) - {field.name for field in fields(GPTConfig)}:
+        raise ValueError(f'its model_args have {min(unknown)}, which this quill does not know')
+    config = GPTConfig(**args)
+    if tokenizer_size(checkpoint['tokenizer']) > config.vocab_size:
+        raise ValueError('its tokenizer has more tokens than its model')
+    if config.n_layer > len(weights):
+        raise ValueError(f'it has too few weights for n_layer={config.n_layer}')
+    if config.block_size < checkpoint['model_args']['block_size'] and not config.rotary:
+        key = 'transformer.wpe.weight'
+        weights[key] = weights[key][:config.block_size]
+    model = GPT(config)
     try:
-        args = checkpoint['model_args'] | changes
-        if tokenizer_size(checkpoint['tokenizer']) > args['vocab_size']:
-            raise ValueError('the tokenizer is larger')
-        if args['n_layer'] > len(checkpoint['model']):
-            raise ValueError('n_layer is too large')
-        model = GPT(GPTConfig(**args))
-        model.load_state_dict(checkpoint['model'])
-        return model
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
         words = ' '.join(str(e).split()[:30])
-        fail(f'cannot use {path}: its weights do not fit its model_args ({words}); '
-             + alternative(path))
-
+        raise ValueError(f'its weights do not fit its model_args ({words})')
+    return model
 
 def alternative(path):
     """Return, as the end of an error line, what to do without the checkpoint at path."""
@@ -167,7 +155,6 @@ def alternative(path):
             return 'ckpt_prev.pt cannot be used either'
     return 'train first, or give another --out_dir'
 
-
 def note_higher_rate(checkpoint, rate, process):
     """Say so if the learning rate is well above that of the last update before the checkpoint."""
     if checkpoint['optimizer'] and checkpoint['iter_num']:
@@ -175,29 +162,32 @@ def note_higher_rate(checkpoint, rate, process):
         if rate > 1.5 * last:
             process.print(f'note: the learning rate rises from {last:.6g} to {rate:.6g}')
 
-
 def load_optimizers(path, checkpoint, optimizers, scaler):
     """Load the states of the optimizers and of the float16 scaler of the checkpoint at path."""
-    with one_line_errors(f'cannot use {path}: the state of its optimizer does not fit: '):
+    with usable(path):
         for optimizer, saved in zip(optimizers, checkpoint['optimizer']):
             load_optimizer(optimizer, saved)
     if checkpoint['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint['scaler'])
 
-
 def load_optimizer(optimizer, saved):
-    """Load a checkpoint's state_dict; hyperparameters but the present rate keep their values.
+    """Load the moments and the last learning rate; other hyperparameters keep this run's values.
 
-    Raises ValueError if it does not fit: fused AdamW would write beyond a smaller tensor.
+    ValueError says what does not fit: fused AdamW would write beyond a smaller tensor.
     """
-    muon = isinstance(optimizer, Muon)
-    names = ['momentum_buffer'] if muon else ['step', 'exp_avg', 'exp_avg_sq']
+    if not isinstance(saved, dict) or not {'state', 'param_groups'} <= set(saved):
+        raise ValueError('it has no state of its optimizer')
+    names = ['step', 'exp_avg', 'exp_avg_sq']
+    if isinstance(optimizer, Muon):
+        names = ['momentum_buffer']
     params = [p for group in optimizer.param_groups for p in group['params']]
     state, states = {}, saved['state']
     for i, p in enumerate(params if states else ()):  # it is empty before the first update
         shapes = {name: torch.Size() if name == 'step' else p.shape for name in names}
-        if {name: t.shape for name, t in states[i].items()} != shapes:
-            raise ValueError(f'parameter {i} has other names or shapes')
+        found = {name: getattr(t, 'shape', None) for name, t in states.get(i, {}).items()}
+        if found != shapes:
+            raise ValueError(f'the state of its optimizer does not fit: parameter {i} has other '
+                             'names or shapes')
         # clone, or the tensor stays backed by the memory-mapped checkpoint
         state[i] = {name: t.clone() for name, t in states[i].items()}
         if is_sharded(p):
@@ -210,6 +200,8 @@ def load_optimizer(optimizer, saved):
     groups = [own | {'lr': lr} for own in optimizer.state_dict()['param_groups']]
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
+# -----------------------------------------------------------------------------
+# writing
 
 def write_checkpoint(path, process, checkpoint):
     """Write a checkpoint so that `path` is always the old file or the new one, whole.
@@ -236,15 +228,13 @@ def write_checkpoint(path, process, checkpoint):
             raise
         size = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
         cannot_write(path, e, f', {size / 1e6:.1f} MB are needed; {unchanged(folder)}')
-    print(f'saved {path} (step {checkpoint["iter_num"]})', flush=True)
-
+    say(f'saved {path} (step {checkpoint["iter_num"]})')
 
 def unchanged(out_dir):
     """Return, as the end of an error line, whether out_dir holds a checkpoint to go on from."""
     if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
         return f'the last checkpoint in {out_dir} is as it was'
     return f'{out_dir} holds no checkpoint yet'
-
 
 def give_up(problem, out_dir):
     """End a run with exit code 1 before its weights change."""

@@ -69,6 +69,20 @@ def hub_cache():
     return expand(os.environ.get('HF_HUB_CACHE', hub))
 
 
+def read_pretrained(source, weights=True):
+    from dataclasses import asdict
+
+    from data.tokenizers import pretrained_tokenizer
+    if source not in GPT2_NAMES and not os.path.isdir(source):
+        raise ValueError(f'init_from={source}: init_from is one of scratch, resume, auto, '
+                         f'{", ".join(GPT2_NAMES)}, or a folder')
+    c = gpt2_config(gpt2_folder(source, ['config.json']))
+    found = {'model_args': asdict(c), 'tokenizer': pretrained_tokenizer(source, c.vocab_size)}
+    if weights:
+        found['model'] = load_gpt2(gpt2_folder(source)).state_dict()
+    return found
+
+
 # -----------------------------------------------------------------------------
 # reading
 

@@ -11,22 +11,11 @@ import time
 
 import torch
 
-from configurator import HERE, fail, first_line, torchrun
+from configurator import HERE, fail, first_line, say
 from data.checkpoints import unchanged
 from data.files import cannot_write, lock, need_space, replace_file, write_atomic
 
-WINDOWS = os.name == 'nt'
 RUNS_LOG = os.path.join(HERE, 'checkpoints.log')  # one out_dir a line, the latest run last
-
-LEGEND = """legend of the log lines:
-  step     updates done                        loss         mean over the batch, nats per token
-  dt       seconds per update (mean)           dtf, dtb     forward, backward (last update)
-  sps      sequences per second                tps          tokens per second
-  sps_per_gpu, tps_per_gpu: the same per process
-  mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
-  norm     gradient norm before clipping       eta          time left, h:mm:ss"""
-LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
-
 
 # -----------------------------------------------------------------------------
 # out_dir
@@ -46,8 +35,8 @@ def claim(out_dir):
         cannot_write(path, e, name=f'to --out_dir={out_dir}')
     try:
         if reason := lock(f):
-            print(f'note: {out_dir} cannot be locked ({reason}): '
-                  'make sure that no other run uses it', flush=True)
+            say(f'note: {out_dir} cannot be locked ({reason}): '
+                  'make sure that no other run uses it')
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
@@ -60,47 +49,48 @@ def claim(out_dir):
     return f
 
 
-def begin(settings, model, resumed_at, out_lock):
+def begin(settings, model, resumed_at):
     """Make out_dir ready for this run; return its Metrics. Rank 0 calls this.
 
     settings: those of train.py. resumed_at: the step of the checkpoint that this run goes on from,
-    or -1. out_lock: the lock of out_dir, or None.
+    or -1.
     """
     out_dir, wandb = settings['out_dir'], None
     if settings['wandb_log']:
         wandb = start_wandb(settings['wandb_project'], settings['wandb_run_name'], settings)
-    out_lock = out_lock or claim(out_dir)
-    out_lock = keep_earlier_run(out_dir, out_lock, resumed_at, settings['ckpt'], model)
+    out_lock = claim(out_dir)
+    paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
+    paths = [path for path in paths if os.path.exists(path)]
+    for name in os.listdir(out_dir):  # left by a save that was cut off
+        if re.fullmatch(r'(ckpt|ckpt_prev|model)\.\w+(\.\d+)?\.tmp', name):
+            os.remove(os.path.join(out_dir, name))
+    check_space(out_dir, model, paths if resumed_at >= 0 else [])
+    if resumed_at >= 0:
+        keep_newer(paths, resumed_at, settings['ckpt'])
+    elif paths or read_metrics(out_dir):  # an earlier run
+        rename_aside(out_dir, max([0, *map(saved_step, paths)]))
+        out_lock = claim(out_dir)
     write_atomic(os.path.join(out_dir, 'config.json'), [json.dumps(settings, indent=1).encode()])
     remember_run(out_dir)
     return Metrics(out_dir, resumed_at, wandb, out_lock)
 
 
-def keep_earlier_run(out_dir, out_lock, resumed_at, ckpt, model):
-    """Check the free space, and rename the files that this run would overwrite; return the lock.
-
-    resumed_at: the step of the checkpoint `ckpt` that this run goes on from, or -1.
-    """
-    for name in os.listdir(out_dir):  # left by a save that was cut off
-        if re.fullmatch(r'(ckpt|ckpt_prev|model)\.\w+(\.\d+)?\.tmp', name):
-            os.remove(os.path.join(out_dir, name))
-    paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
-    paths = [path for path in paths if os.path.exists(path)]
+def check_space(out_dir, model, own):
+    """Fail if the disk has no room for the checkpoints; own: those that will be replaced."""
     # at most three ckpt.pt (weights, and two moments of AdamW) and two model.pth at a time
     need = (3 * 3 + 2) * 4 * sum(p.numel() for p in model.parameters())
-    have = sum(map(os.path.getsize, paths)) if resumed_at >= 0 else 0
-    need_space(out_dir, need - have, 'checkpoints will take')
-    if resumed_at >= 0:
-        for path in paths:  # what is newer than the checkpoint that this run goes on from
-            name, step = os.path.basename(path), saved_step(path)
-            if name != ckpt and (name == 'ckpt.pt' or step > resumed_at):
-                rename_aside(path, step)
-    elif paths or read_metrics(out_dir):
-        if WINDOWS:  # a folder that holds an open file cannot be renamed, and there is no lock
-            out_lock.close()
-        rename_aside(out_dir, max([0, *map(saved_step, paths)]))
-        out_lock = claim(out_dir)
-    return out_lock
+    need_space(out_dir, need - sum(map(os.path.getsize, own)), 'checkpoints will take')
+
+
+def keep_newer(paths, resumed_at, ckpt):
+    """Rename the checkpoints that are newer than `ckpt`, from which this run goes on."""
+    for path in paths:
+        name, step = os.path.basename(path), saved_step(path)
+        if name == ckpt and step != resumed_at:
+            fail(f'{path} was at step {resumed_at} and is at step {step} now: another run has gone '
+                 'on with it')
+        if name != ckpt and (name == 'ckpt.pt' or step > resumed_at):
+            rename_aside(path, step)
 
 
 def saved_step(path):
@@ -129,13 +119,6 @@ def rename_aside(path, step):
         fail(f'{path} holds an earlier run and cannot be renamed ({e.strerror}): '
              'give another --out_dir')
     print(f'{path} belongs to an earlier run: renamed to {kept}', flush=True)
-
-
-def nothing_to_do(step, max_iters):
-    """Say that the run is complete."""
-    if torchrun('RANK', 0) == 0:
-        print(f'nothing to do: the run is at step {step} of max_iters={max_iters}, '
-              'raise --max_iters to go on', flush=True)
 
 
 def read_runs():
@@ -192,7 +175,7 @@ class Metrics:
             from matplotlib.figure import Figure
         except ImportError:
             if self.can_plot:
-                print('note: no loss.png without matplotlib: pip install matplotlib', flush=True)
+                say('note: no loss.png without matplotlib: pip install matplotlib')
             self.can_plot = False
             return
         rows = read_metrics(self.out_dir)
@@ -206,16 +189,7 @@ class Metrics:
         try:
             ax.figure.savefig(os.path.join(self.out_dir, 'loss.png'), dpi=100)
         except OSError as e:
-            print(f'note: loss.png not written ({e.strerror})', flush=True)
-
-
-def log_line(step, row, world_size):
-    """Return the log line of an update, as LEGEND explains it; row: its numbers."""
-    words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED
-             if world_size > 1 or not k.endswith('per_gpu')]
-    eta = int(row['eta'])
-    words.append(f'eta={eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}')
-    return f'step={step} {" ".join(words)}'
+            say(f'note: loss.png not written ({e.strerror})')
 
 
 def read_metrics(out_dir):

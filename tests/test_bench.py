@@ -22,11 +22,11 @@ from model import GPT, GPTConfig
 def defaults():
     """Restore the default settings, which are module globals."""
     yield
-    configure(vars(bench), [], base=vars(train))
+    configure('bench', [], base='train')
 
 
 def bench_settings(*arguments):
-    configure(vars(bench), arguments, base=vars(train), check=bench.check_settings)
+    configure('bench', arguments, base='train', check=bench.check_settings)
 
 
 @pytest.mark.parametrize('nproc', [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -321,7 +321,7 @@ def test_mistakes_with_own_text_are_one_line_each(project, tmp_path, capsys, mon
             (['--input=latin1.txt', '--name=x', '--tokenizer=word'], 'one of char, bpe, gpt2'),
             (['--input=latin1.txt', '--name=x', '--unknown=keep'], 'unknown is drop')):
         with pytest.raises(SystemExit) as e:
-            configure(vars(own_text), arguments)
+            configure('data.text.prepare', arguments)
             own_text.main()
         err = capsys.readouterr().err
         assert e.value.code == 2
@@ -970,7 +970,7 @@ def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, 'DATA_DIR', str(tmp_path))
     monkeypatch.setattr(evaluate, 'HELLASWAG', {'url': f'{hub}/hellaswag_val.jsonl',
                                                 'sha256': hashlib.sha256(body).hexdigest()})
-    configure(vars(evaluate), [f'--init_from={tmp_path / "model"}', '--dtype=float32',
+    configure('data.hellaswag.evaluate', [f'--init_from={tmp_path / "model"}', '--dtype=float32',
                                '--device=cpu'])
     evaluate.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

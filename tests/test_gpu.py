@@ -33,7 +33,7 @@ def as_before():
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision(precision)
     torch.compiler.reset()  # after eight models of one function, it runs the next ones uncompiled
-    configure(vars(train), [])
+    configure('train', [])
 
 
 def losses(out):
@@ -68,7 +68,7 @@ def test_compiled_dropout_drops_as_much_as_eager(train_run, tmp_path, checkpoint
 
 def learner_on_the_gpu(*arguments):
     """Return a Learner of a tiny model on the GPU, and random data for it."""
-    configure(vars(train), [*TINY, '--device=cuda', '--dtype=bfloat16', *arguments])
+    configure('train', [*TINY, '--device=cuda', '--dtype=bfloat16', *arguments])
     process = setup(device='cuda', dtype='bfloat16')
     data = bench.RandomTokens(65)
     return train.make_learner(GPT(train.model_shape(65)), process), data
@@ -112,7 +112,7 @@ def test_a_compiled_update_holds_the_logits_about_once(train_run, tmp_path):
     train_run('--device=cuda', '--dtype=bfloat16', '--compile=True', '--batch_size=4',
               '--block_size=1024', '--max_iters=2', '--dropout=0', '--eval_interval=100')
     small = torch.cuda.max_memory_allocated()
-    configure(vars(train), [*TINY, '--device=cuda', '--batch_size=4', '--block_size=1024',
+    configure('train', [*TINY, '--device=cuda', '--batch_size=4', '--block_size=1024',
                             '--dropout=0', '--compile=True'])
     learner = train.make_learner(GPT(train.model_shape(50257)), setup(
         device='cuda', dtype='bfloat16', compile=True))
@@ -178,7 +178,7 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(train_run, tmp_path, capsys):
     texts = []
     for device in ('cpu', 'cuda'):
         capsys.readouterr()
-        configure(vars(sample), [
+        configure('sample', [
             f'--out_dir={moved}', f'--device={device}', '--dtype=float32', '--temperature=0',
             '--num_samples=1', '--max_new_tokens=20'])
         sample.main()

@@ -1,4 +1,4 @@
-"""Every command in the README and in the config files names files and keys that exist."""
+"""Every command and every flag in the README and in config/ names files and keys that exist."""
 import glob
 import os
 import re
@@ -24,11 +24,15 @@ def indented_lines(text):
 
 
 README = read('README.md')
-COMMANDS = [line.strip() for line in indented_lines(README)
+SPEEDRUN = read('config', 'speedrun_shakespeare_char.md')
+# nanoGPT's own commands are among them: their files and keys have the same names in quill
+COMMANDS = [line.strip() for line in indented_lines(README + SPEEDRUN)
             if re.search(r'python |torchrun ', line)]
 COMMANDS += re.findall(r'`((?:python|torchrun) [^`]*\.py[^`]*)`', README)
+FLAGS = re.findall(r'`(--[^`]*)`', README + SPEEDRUN)
 for _path in sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))):
     COMMANDS += re.findall(r'^#\s+((?:python|torchrun) .*)$', read(_path), re.M)
+    FLAGS += re.findall(r'^#(?!.*\.py).*?(--\w+=.*)$', read(_path), re.M)
 
 
 def test_there_are_commands_to_check():
@@ -65,15 +69,23 @@ def check(words):
     arguments = [os.path.join(ROOT, w) if w.endswith('.py') else w for w in arguments]
     try:
         if name == 'bench.py':
-            configure(vars(bench), arguments, base=vars(train), check=bench.check_settings)
+            configure('bench', arguments, base='train', check=bench.check_settings)
         elif name == 'sample.py':
-            configure(vars(sample), arguments)
+            configure('sample', arguments)
         else:
             assert name == 'train.py'
-            configure(vars(train), arguments, check=train.check_settings)
+            configure('train', arguments, check=train.check_settings)
     finally:  # restore the default settings, which are module globals
-        configure(vars(bench), [], base=vars(train))
-        configure(vars(sample), [])
+        configure('bench', [], base='train')
+        configure('sample', [])
+
+
+def test_each_flag_in_the_text_is_a_setting():
+    keys = {key for flags in FLAGS for key in re.findall(r'--(\w[\w-]*)', flags)}
+    assert len(keys) > 20
+    prepare = read('data', 'text', 'prepare.py')
+    settings = {*vars(train), *vars(sample), *re.findall(r'^(\w+) = ', prepare, re.M)}
+    assert keys - settings == {'key', 'max-restarts'}  # --key=value; torchrun's --max-restarts
 
 
 def test_the_file_tree_is_the_real_one():
@@ -81,4 +93,6 @@ def test_the_file_tree_is_the_real_one():
     names = re.findall(r'^    (\S+)', section, re.M)
     for name in names:
         assert os.path.exists(os.path.join(ROOT, name)), name
-    assert {f for f in os.listdir(ROOT) if f.endswith('.py')} <= set(names)
+    modules = glob.glob('*.py', root_dir=ROOT) + glob.glob('data/[!_]*.py', root_dir=ROOT)
+    assert set(modules) <= set(names)
+    assert all(re.search(rf'^    {name} +\S', section, re.M) for name in modules)

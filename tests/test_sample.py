@@ -55,7 +55,7 @@ def sampled(capsys, monkeypatch):
 
     def go(*arguments):
         capsys.readouterr()
-        configure(vars(sample), ['--max_new_tokens=20', '--num_samples=2', *map(str, arguments)])
+        configure('sample', ['--max_new_tokens=20', '--num_samples=2', *map(str, arguments)])
         sample.main()
         return capsys.readouterr().out
     return go
@@ -170,9 +170,9 @@ def test_a_model_is_loaded_from_python(trained, tmp_path):
     assert last.config == model.config
     shutil.copy(trained / 'model.pth', tmp_path / 'weights')  # a file of any name
     assert sample.load(str(tmp_path / 'weights'))[0].config == model.config
-    configure(vars(sample), [f'--out_dir={trained}', f'--export={tmp_path / "hf"}'])
+    configure('sample', [f'--out_dir={trained}', f'--export={tmp_path / "hf"}'])
     sample.main()
-    configure(vars(sample), [])
+    configure('sample', [])
     exported, same = sample.load(str(tmp_path / 'hf'))
     assert torch.equal(exported(idx)[0], logits) and same.to_dict() == tokenizer.to_dict()
 

@@ -35,10 +35,10 @@ SCRIPTS = {
 def prepare(source, name, *more):
     """Run data/text/prepare.py in this process; return (meta, ids for training, for validation)."""
     try:
-        configure(vars(own_text), [f'--input={source}', f'--name={name}', *more])
+        configure('data.text.prepare', [f'--input={source}', f'--name={name}', *more])
         own_text.main()
     finally:
-        configure(vars(own_text), [])
+        configure('data.text.prepare', [])
     return read_dataset(name)
 
 
@@ -277,10 +277,10 @@ def test_tokens_of_ones_own_hold_any_text(project, tmp_path, capsys, train_run):
     assert again['tokenizer'] == meta['tokenizer']
     assert ''.join(map(tokenizer.decode, ids)) == 'Any other text: naïve 中文 👍🏽.\n' * 9
     capsys.readouterr()
-    configure(vars(sample), [f'--out_dir={tmp_path / "out"}', '--num_samples=1',
+    configure('sample', [f'--out_dir={tmp_path / "out"}', '--num_samples=1',
                              '--max_new_tokens=5', '--start=Où 中'])
     sample.main()
-    configure(vars(sample), [])
+    configure('sample', [])
     assert '[Où 中]' in capsys.readouterr().out
 
 
@@ -289,9 +289,9 @@ def test_transformers_reads_and_writes_tokens_of_ones_own(tmp_path, train_run):
     (tmp_path / 'mixed.txt').write_text(''.join(SCRIPTS.values()) * 40, encoding='utf-8')
     prepare(tmp_path / 'mixed.txt', 'mixed', '--tokenizer=bpe', '--vocab_size=500')
     train_run('--dataset=mixed', '--max_iters=2', '--sample_tokens=0', out=tmp_path / 'out')
-    configure(vars(sample), [f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}'])
+    configure('sample', [f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}'])
     sample.main()
-    configure(vars(sample), [])
+    configure('sample', [])
     model, ours = sample.load(str(tmp_path / 'out'))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     for text in (*SCRIPTS.values(), '\n\n  two\n lines  \n', '   leading', 'naïve\t\tcafé', "I'll",

@@ -292,7 +292,7 @@ def test_exported_characters_are_read_by_transformers_and_back(tmp_path, ordered
 def exported(train_run, tmp_path, capsys):
     """The folder of an exported character model; its run is in tmp_path/out."""
     train_run('--max_iters=5', '--dropout=0')
-    configure(vars(sample), [f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}'])
+    configure('sample', [f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}'])
     sample.main()
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == (
@@ -303,7 +303,7 @@ def exported(train_run, tmp_path, capsys):
 
 def test_an_exported_character_model_writes_the_same_in_transformers(exported, tmp_path, capsys):
     def sampled(*arguments):
-        configure(vars(sample), [*arguments, '--start=The ', '--num_samples=1', '--temperature=0',
+        configure('sample', [*arguments, '--start=The ', '--num_samples=1', '--temperature=0',
                                  '--max_new_tokens=20', '--dtype=float32'])
         sample.main()
         return re.search('\\[The \\](?s:.*)(?=\n1 x 20)', capsys.readouterr().out)[0]
@@ -315,7 +315,7 @@ def test_an_exported_character_model_writes_the_same_in_transformers(exported, t
 
 
 def run(arguments):
-    configure(vars(own_text), arguments)
+    configure('data.text.prepare', arguments)
     own_text.main()
 
 
@@ -388,10 +388,10 @@ def test_a_model_of_byte_pairs_trains_samples_and_exports(folder, tmp_path, trai
     saved = train_run('--dataset=pairs', '--max_iters=3', '--sample_tokens=8')
     assert saved['tokenizer'] == pretrained_tokenizer(str(folder))
     train_run('--init_from=resume', '--max_iters=4')
-    configure(vars(sample), [f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}'])
+    configure('sample', [f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}'])
     sample.main()
     for source in (f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path / "hf"}'):
-        configure(vars(sample), [source, '--max_new_tokens=5', '--num_samples=1', '--start=Ünï'])
+        configure('sample', [source, '--max_new_tokens=5', '--num_samples=1', '--start=Ünï'])
         sample.main()
     out = capsys.readouterr().out
     assert out.count('\n[Ünï]') == 2 and out.count('1 x 5 tokens') == 2
@@ -409,7 +409,7 @@ def gpt2_of_transformers(folder, vocab_size):
 
 def test_weights_with_a_tokenizer_of_their_own_write_what_transformers_writes(folder, capsys):
     gpt2_of_transformers(folder, 400)
-    configure(vars(sample), [f'--init_from={folder}', '--max_new_tokens=20', '--num_samples=1',
+    configure('sample', [f'--init_from={folder}', '--max_new_tokens=20', '--num_samples=1',
                              '--start=Let us see', '--temperature=0', '--dtype=float32'])
     sample.main()
     pipeline = transformers.pipeline('text-generation', model=str(folder))
@@ -428,7 +428,7 @@ def test_gpt2_with_a_pad_token_trains_and_samples(bpe, tmp_path, text, capsys):
     tiny = [a for a in TINY if not a.startswith(('--n_', '--dropout', '--dataset'))]
     train.main([*tiny, f'--init_from={tmp_path / "hf"}', '--dataset=padded', '--max_iters=1',
                 f'--out_dir={tmp_path / "out"}'])
-    configure(vars(sample), [f'--init_from={tmp_path / "hf"}', '--max_new_tokens=5'])
+    configure('sample', [f'--init_from={tmp_path / "hf"}', '--max_new_tokens=5'])
     sample.main()
     assert '10 x 5 tokens' in capsys.readouterr().out
 

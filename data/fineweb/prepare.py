@@ -95,4 +95,4 @@ def shard_tokens(url):
 
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

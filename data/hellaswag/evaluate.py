@@ -105,4 +105,4 @@ def score_endings(model, tokenizer, context, endings, process):
 
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

@@ -165,4 +165,4 @@ def tokenize(archive):
 
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

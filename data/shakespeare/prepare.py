@@ -74,4 +74,4 @@ def text_names(names):
 
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

@@ -19,4 +19,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

@@ -87,4 +87,4 @@ def read_tokenizer(path):
 
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

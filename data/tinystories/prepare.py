@@ -68,4 +68,4 @@ def end_with_a_story(path):
 
 
 if __name__ == '__main__':
-    run_main(main, globals())
+    run_main(main, __name__)

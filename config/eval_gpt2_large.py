@@ -1,9 +1,0 @@
-# Evaluate OpenAI's gpt2-large on Shakespeare, or with --dataset=openwebtext on OpenWebText
-#     python train.py config/eval_gpt2_large.py
-# Never run: OpenAI's weights could not be downloaded on the machines where quill was measured.
-init_from = 'gpt2-large'
-eval_only = True
-dataset = 'shakespeare'
-batch_size = 8
-block_size = 1024
-eval_iters = 500
