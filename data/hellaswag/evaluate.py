@@ -59,10 +59,9 @@ def main():
 def download_questions(path):
     """Download the questions to path unless they are there."""
     try:
-        if not os.path.exists(path):
-            download_resumable(path=path, **HELLASWAG)
+        download_resumable(path=path, **HELLASWAG)
     except DownloadError as e:
-        fail(f'no HellaSwag: {e}. Get it by other means and save it as {path}')
+        fail(f'no HellaSwag: {e}')
 
 
 def hellaswag(model, tokenizer, rows, process):

