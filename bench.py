@@ -122,7 +122,7 @@ class RandomTokens:
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
 
-    def train_batch(self, first, count, process, noise):
+    def train_batch(self, first, count, process):
         shape = count, train.block_size + 1
         ids = torch.randint(self.vocab_size, shape, generator=process.generator('bench', first))
         return ids[:, :-1].clone(), ids[:, 1:].clone()

@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from configurator import fail, first_line, say, torchrun
-from data.dataset import adopt_nanogpt, read_meta
+from data.dataset import adopt_folder, read_meta
 from data.files import cannot_write, replace_file
 from data.huggingface import GPT2_NAMES, read_pretrained
 from data.tokenizers import tokenizer_size
@@ -108,7 +108,7 @@ def adopt_nanogpt(checkpoint):
     checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
     try:
         if not gpt2:
-            adopt_nanogpts(name)
+            adopt_folder(name)
         checkpoint['tokenizer'] = {'kind': 'gpt2'} if gpt2 else read_meta(name)['tokenizer']
     except SystemExit:
         raise ValueError(f"it is nanoGPT's and holds no tokenizer: prepare data/{name} first")
