@@ -364,7 +364,7 @@ def read_settings(argv):
         problems.append('--skip_batches and --ckpt are for --init_from=resume')
     elif start != 'scratch':
         with checkpoints.usable(start):
-            checkpoint = checkpoints.read_weights(start)
+            checkpoint = checkpoints.read_weights(start, weights=False)
         saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
     apply_settings(__name__, given, saved, check=check_settings, problems=problems)
 
@@ -446,6 +446,8 @@ def make_model(checkpoint, tokenizer, process):
     if checkpoint:
         path = os.path.join(out_dir, ckpt) if init_from == 'resume' else init_from
         with checkpoints.usable(path):
+            if 'model' not in checkpoint:  # all is well so far: now the download is worth it
+                checkpoint = checkpoints.read_weights(path)
             return checkpoints.load_model(checkpoint, dropout=dropout, block_size=block_size)
     shape = model_shape(tokenizer.vocab_size)
     need_memory(shape, process)

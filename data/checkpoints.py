@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from configurator import fail, first_line, say, torchrun
-from data.dataset import adopt_folder, read_meta
+from data.dataset import complete_dataset, read_meta
 from data.files import cannot_write, replace_file
 from data.huggingface import GPT2_NAMES, read_pretrained
 from data.tokenizers import tokenizer_size
@@ -26,14 +26,16 @@ VERSION = 1  # of the format
 # -----------------------------------------------------------------------------
 # reading
 
-def read_weights(source):
+def read_weights(source, weights=True):
     """Return weights with their model_args and tokenizer, as a dict; a checkpoint has more keys.
 
-    source: a run's folder, a checkpoint, a name of GPT-2, or a folder of Hugging Face. ValueError
-    or OSError says why it cannot be used.
+    source: a run's folder, a checkpoint, a name of GPT-2, or a folder of Hugging Face. weights:
+    False leaves out what may have to be downloaded. ValueError or OSError says what is wrong.
     """
     path = checkpoint_path(source)
-    return read_checkpoint(path) if path else read_pretrained(source)
+    if path or source.endswith(('.pth', '.pt')):
+        return read_checkpoint(path or source)
+    return read_pretrained(source, weights)
 
 def checkpoint_path(init_from):
     """Return the path of the weights if --init_from names a run's folder or checkpoint, or None."""
@@ -51,12 +53,13 @@ def load_checkpoint(path):
         return read_checkpoint(path)
 
 @contextlib.contextmanager
-def usable(path):
-    """Fail on a ValueError about the checkpoint at path, and say what to use instead."""
+def usable(source):
+    """Fail if the weights at source cannot be read, and say what to use instead of a checkpoint."""
     try:
         yield
-    except ValueError as e:
-        fail(f'cannot use {path}: {e}; {alternative(path)}')
+    except (ValueError, OSError) as e:
+        hint = f'; {alternative(source)}' if source.endswith(('.pth', '.pt')) else ''
+        fail(f'cannot use {source}: {first_line(e)}{hint}')
 
 def read_checkpoint(path):
     """Return the checkpoint at path; ValueError says what is wrong with it.
@@ -64,7 +67,7 @@ def read_checkpoint(path):
     No code in the file is run, and nothing in it is used as a path.
     """
     if not os.path.isfile(path):
-        raise ValueError('it is not a file')
+        raise ValueError('there is no such file')
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not check
@@ -82,7 +85,7 @@ def read_checkpoint(path):
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(f'its format {version} is newer than what this quill reads ({VERSION})')
     if 'format' not in checkpoint:
-        adopt_nanogpt(checkpoint)
+        adopt_nanogpt_checkpoint(checkpoint)
     needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict,
               'iter_num': int}
     if 'val_loss' in checkpoint:
@@ -95,7 +98,7 @@ def read_checkpoint(path):
             raise ValueError(f'it has no {key}')
     return checkpoint
 
-def adopt_nanogpt(checkpoint):
+def adopt_nanogpt_checkpoint(checkpoint):
     """Complete a checkpoint of nanoGPT in place. Its optimizer state is not used."""
     try:
         weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
@@ -108,7 +111,7 @@ def adopt_nanogpt(checkpoint):
     checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
     try:
         if not gpt2:
-            adopt_folder(name)
+            complete_dataset(name)
         checkpoint['tokenizer'] = {'kind': 'gpt2'} if gpt2 else read_meta(name)['tokenizer']
     except SystemExit:
         raise ValueError(f"it is nanoGPT's and holds no tokenizer: prepare data/{name} first")

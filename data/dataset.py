@@ -25,7 +25,7 @@ from data.files import DATA_DIR, sha256_file, show_progress, take_turns, write_a
 from data.tokenizers import CharTokenizer, tokenizer_from_dict, tokenizer_size
 
 SPLITS = ('train', 'val')
-FILES = ('train.bin', 'val.bin', 'meta.json')
+FIRST_USE = ('shakespeare', 'shakespeare_char')  # prepared when they are first used
 
 
 def open_dataset(name, block_size, process):
@@ -35,9 +35,7 @@ def open_dataset(name, block_size, process):
     """
     if os.path.basename(name) != name or name in ('', '.', '..'):
         fail(f'dataset={name}: dataset is the name of a folder in data/')
-    if name in ('shakespeare', 'shakespeare_char'):
-        process.once_per_node(lambda: prepare_if_missing(name))
-    process.once_per_node(lambda: adopt_folder(name))
+    process.once_per_node(lambda: complete_dataset(name))
     meta = read_meta(name)
     splits = []
     for split in SPLITS:
@@ -57,19 +55,20 @@ def open_dataset(name, block_size, process):
     return meta, *splits
 
 
-def prepare_if_missing(name):
-    """Run main() of data/NAME/prepare.py if the dataset has no train.bin or no val.bin."""
-    if missing_file(name) in (None, 'meta.json'):
-        return
-    with take_turns(os.path.join(DATA_DIR, name, 'prepare.py')):
-        if missing := missing_file(name):  # no other run has prepared it meanwhile
-            say(f'no {missing} in data/{name} yet: running data/{name}/prepare.py')
-            importlib.import_module(f'data.{name}.prepare').main()
+def complete_dataset(name):
+    """Prepare Shakespeare if it is missing, or write the meta.json of a folder of nanoGPT."""
+    if missing_file(name) == 'meta.json':
+        adopt_nanogpt_folder(name)
+    elif missing_file(name) and name in FIRST_USE:
+        with take_turns(DATA_DIR):  # another run may prepare the dataset at this moment
+            if missing := missing_file(name):
+                say(f'no {missing} in data/{name} yet: running data/{name}/prepare.py')
+                importlib.import_module(f'data.{name}.prepare').main()
 
 
 def missing_file(name):
     """Return the name of the first missing file of the dataset, or None."""
-    for file in FILES:
+    for file in ('train.bin', 'val.bin', 'meta.json'):
         if not os.path.exists(os.path.join(DATA_DIR, name, file)):
             return file
     return None
@@ -298,10 +297,8 @@ def text_size(path, tokenizer, dtype='uint16'):
 # -----------------------------------------------------------------------------
 # folders that nanoGPT prepared
 
-def adopt_folder(name):
-    """Write the meta.json of a folder that nanoGPT prepared: both .bin files, and no meta.json."""
-    if missing_file(name) != 'meta.json':
-        return
+def adopt_nanogpt_folder(name):
+    """Write the meta.json of a folder data/NAME with the train.bin and val.bin of nanoGPT."""
     folder, digest, tokens, sizes = os.path.join(DATA_DIR, name), hashlib.sha256(), {}, {}
     with one_line_errors(f"data/{name} has no meta.json and cannot be read as nanoGPT's: "):
         tokenizer = nanogpt_tokenizer(os.path.join(folder, 'meta.pkl'))

@@ -36,7 +36,7 @@ from data import bpe as bpe_training
 from data import build, checkpoints, dataset, downloads, files, huggingface
 from data.dataset import Tokens
 from data.downloads import DownloadError, download, download_resumable, fetch
-from data.huggingface import gpt2_folder, load_gpt2, save_gpt2
+from data.huggingface import read_pretrained, write_pretrained
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 from model import GPT, GPTConfig
 
@@ -412,7 +412,7 @@ def opened(name, block_size=8):
 def test_a_dataset_of_nanogpt_is_ordinary_from_then_on(theirs, train_run, capsys):
     folder, text, _ = theirs
     meta, train, val = opened('theirs')
-    assert "note: data/theirs is in the form of nanoGPT" in capsys.readouterr().out
+    assert "note: data/theirs is read as nanoGPT's, with 15 characters" in capsys.readouterr().out
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     ids = np.concatenate([np.fromfile(folder / f'{s}.bin', meta['dtype'])
                           for s in ('train', 'val')])
@@ -422,37 +422,32 @@ def test_a_dataset_of_nanogpt_is_ordinary_from_then_on(theirs, train_run, capsys
     assert meta['bytes'] == {'train': len(text[:900].encode()), 'val': len(text[900:].encode())}
     saved = train_run('--dataset=theirs', '--max_iters=1')
     assert saved['tokenizer'] == meta['tokenizer'] and 'note: data/' not in capsys.readouterr().out
-    # their prepare.py, run again, leaves meta.json as it was: another vocabulary, the same size
-    chars = meta['tokenizer']['chars'][::-1]
-    (folder / 'meta.pkl').write_bytes(pickle.dumps({'itos': list(chars)}))
-    ids[:900].tofile(folder / 'train.bin')
-    os.utime(folder / 'train.bin', (time.time() + 60,) * 2)
-    assert opened('theirs')[0]['tokenizer']['chars'] == chars
+    # their prepare.py, run again, leaves meta.json as it was
+    ids[:800].tofile(folder / 'train.bin')
+    with pytest.raises(SystemExit):
+        opened('theirs')
+    err = capsys.readouterr().err
+    assert 'train.bin has 800 tokens instead of 900: if nanoGPT has prepared it again, ' \
+        'remove data/theirs/meta.json' in err
+    os.remove(folder / 'meta.json')
+    assert opened('theirs')[1].n == 800
     os.remove(folder / 'val.bin')
     with pytest.raises(SystemExit):
         opened('theirs')
-    assert 'run python data/theirs/prepare.py, which has to write train.bin and val.bin' in \
-        capsys.readouterr().err
+    assert 'no val.bin in data/theirs: run python data/theirs/prepare.py' in capsys.readouterr().err
 
 
-def test_gpt2s_tokens_prepared_by_nanogpt_are_read_without_a_meta_pkl(theirs, bpe, capsys):
+def test_without_a_meta_pkl_the_tokens_are_gpt2s(theirs, bpe, capsys):
     folder, text, _ = theirs
     os.remove(folder / 'meta.pkl')
-    with pytest.raises(SystemExit):
-        opened('theirs')
-    assert 'nothing in it tells what its ids mean' in capsys.readouterr().err
-    (folder / 'prepare.py').write_text('enc = tiktoken.get_encoding("gpt2")')
     ids = GPT2Tokenizer().encode(text)
     ids.astype(np.uint16).tofile(folder / 'train.bin')
     np.append(ids, 50256).astype(np.uint16).tofile(folder / 'val.bin')
     meta, _, _ = opened('theirs')
+    assert "is read as nanoGPT's, with GPT-2's tokens" in capsys.readouterr().out
     assert meta['tokenizer'] == {'kind': 'gpt2'} and meta['source'] == 'nanoGPT'
     assert meta['bytes'] == dict.fromkeys(('train', 'val'), len(text.encode()))
     os.remove(folder / 'meta.json')
-    for size in (50257, 50304):
-        (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': size}))
-        assert opened('theirs')[0]['tokenizer'] == {'kind': 'gpt2'}
-        os.remove(folder / 'meta.json')
     np.append(ids, 50257).astype(np.uint16).tofile(folder / 'val.bin')
     with pytest.raises(SystemExit):
         opened('theirs')
@@ -469,16 +464,13 @@ class Evil:
 BAD_PICKLES = {
     'code': (lambda m: m | {'more': Evil()}, 'quill reads plain values only'),
     'numpy': (lambda m: m | {'vocab_size': np.int64(20)}, 'quill reads plain values only'),
-    'list': (lambda m: [1], 'holds a list instead of a dict'),
-    'empty': (lambda m: {}, 'no vocabulary'),
-    'size only': (lambda m: {'vocab_size': 65}, 'no vocabulary'),
-    'words': (lambda m: {'itos': {0: 'the', 1: 'a'}}, "has 'the', and quill reads"),
-    'hole': (lambda m: {'itos': {0: 'a', 2: 'b'}}, 'not a text for each id from 0 to 1'),
-    'bytes': (lambda m: {'itos': [b'a', b'b']}, 'not a text for each id'),
-    'twice': (lambda m: {'itos': ['a', 'a']}, 'contradict each other'),
-    'stoi': (lambda m: m | {'stoi': {'a': 0}}, 'contradict each other'),
-    'size': (lambda m: m | {'vocab_size': 7}, 'contradict each other'),
-    'fewer': (lambda m: {'itos': m['itos'] and list('abc')}, 'outside the vocabulary of 3'),
+    'list': (lambda m: [1], 'no vocabulary of single characters'),
+    'empty': (lambda m: {}, 'no vocabulary of single characters'),
+    'words': (lambda m: {'stoi': {'the': 0, 'a': 1}}, 'no vocabulary of single characters'),
+    'hole': (lambda m: {'stoi': {'a': 0, 'b': 2}}, 'no vocabulary of single characters'),
+    'bytes': (lambda m: {'stoi': {b'a': 0, b'b': 1}}, 'no vocabulary of single characters'),
+    'twice': (lambda m: {'stoi': {'a': 0, 'b': 0}}, 'no vocabulary of single characters'),
+    'fewer': (lambda m: {'stoi': {'a': 0, 'b': 1, 'c': 2}}, 'outside the vocabulary of 3'),
 }
 
 
@@ -508,43 +500,52 @@ def test_a_checkpoint_of_nanogpt_finds_its_characters_in_nanogpts_folder(theirs)
     assert checkpoint['tokenizer']['chars'] == ''.join(theirs[2]['itos'].values())
 
 
-def test_the_forms_of_a_vocabulary_in_a_meta_pkl_mean_the_same(theirs):
-    folder, _, meta = theirs
-    chars = list(meta['itos'].values())
-    for form in ({'stoi': meta['stoi']}, {'itos': chars}, {'itos': tuple(chars)},
-                 {'itos': meta['itos'], 'vocab_size': len(chars)}, meta | {'author': 'x'}):
-        (folder / 'meta.pkl').write_bytes(pickle.dumps(form))
-        assert dataset.read_vocabulary(folder) == {'kind': 'char', 'chars': ''.join(chars)}
-
-
-def test_only_folders_of_nanogpt_are_taken_for_such(project, theirs, text, capsys, monkeypatch):
-    for name in os.listdir(project / 'data'):
-        if os.path.exists(project / 'data' / name / 'prepare.py'):
-            assert dataset.prepared_here(project / 'data' / name) == (name == 'theirs'), name
-    # an interrupted preparation leaves .bin files whose ids nothing explains
+def test_a_dataset_of_quill_is_not_taken_for_nanogpts(project, theirs, text, capsys, monkeypatch):
     folder = theirs[0]
-    os.remove(folder / 'meta.pkl')
-    os.remove(folder / 'prepare.py')
+    # the old vocabulary does not stay beside new ids
+    build.write_dataset('theirs', str(text), 'char')
+    assert sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+
+    # nor do files of an interrupted preparation pass for GPT-2's tokens
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(build, 'write_meta', killed)
+    with pytest.raises(KeyboardInterrupt):
+        build.write_dataset('theirs', str(text), 'char')
     with pytest.raises(SystemExit):
         opened('theirs')
-    assert "if it is nanoGPT's, put its meta.pkl" in capsys.readouterr().err
-    # the old vocabulary does not stay beside new ids
-    (folder / 'meta.pkl').write_bytes(pickle.dumps(theirs[2]))
-    build.write_dataset('theirs', str(text), 'char')
-    assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
+    assert 'no train.bin in data/theirs' in capsys.readouterr().err
 
 
 def test_files_of_nanogpt_in_data_shakespeare_char_are_used_and_not_replaced(
         project, theirs, monkeypatch, capsys):
     folder, own = theirs[0], project / 'data' / 'shakespeare_char'
-    monkeypatch.setattr(dataset, 'write_atomic', lambda path, chunks: files.write_atomic(
-        path, chunks) if path.endswith('.json') else pytest.fail(path))
     for name in ('train.bin', 'val.bin', 'meta.pkl'):
         shutil.copy(folder / name, own)
     try:
         assert opened('shakespeare_char')[0]['tokens'] == {'train': 900, 'val': 240}
+        assert 'running' not in capsys.readouterr().out
+        assert (own / 'train.bin').read_bytes() == (folder / 'train.bin').read_bytes()
     finally:
         for name in ('train.bin', 'val.bin', 'meta.pkl', 'meta.json'):
+            os.remove(own / name)
+
+
+def test_runs_that_start_together_prepare_shakespeare_once(project, text):
+    tiny = project / 'data' / 'shakespeare' / 'tinyshakespeare.txt'
+    tiny.write_text(text.read_text())
+    own = project / 'data' / 'shakespeare_char'
+    code = ("from data.dataset import open_dataset; from configurator import Process; import torch;"
+            "open_dataset('shakespeare_char', 8, Process(torch.device('cpu'), torch.float32))")
+    runs = [subprocess.Popen([sys.executable, '-c', code], cwd=project, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    try:
+        outputs = [run.communicate(timeout=60) for run in runs]
+        assert [run.returncode for run in runs] == [0] * 3, outputs
+        assert ''.join(out for out, _ in outputs).count('running data/shakespeare_char') == 1
+    finally:
+        tiny.unlink()
+        for name in ('train.bin', 'val.bin', 'meta.json'):
             os.remove(own / name)
 
 
@@ -930,7 +931,7 @@ GPT2_BASE = '/openai-community/gpt2/resolve/main/'
 
 
 @pytest.fixture
-def gpt2_hub(hub, tmp_path, monkeypatch):
+def gpt2_hub(hub, bpe, tmp_path, monkeypatch):
     """Make the hub serve a tiny model as gpt2, for an empty cache; return the model."""
     monkeypatch.setattr(huggingface, 'DATA_DIR', str(tmp_path / 'data'))
     monkeypatch.setenv('HF_ENDPOINT', hub)
@@ -946,47 +947,28 @@ def gpt2_like(folder):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=8))
     os.makedirs(folder)
-    save_gpt2(model, folder)
+    write_pretrained(folder, model, GPT2Tokenizer())
     return model
 
 
-def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(gpt2_hub, tmp_path, capsys):
+def test_the_weights_of_gpt2_come_from_the_hub_once_or_from_its_cache(gpt2_hub, tmp_path):
     served, Hub.files = Hub.files, {}
-    with pytest.raises(SystemExit) as e:
-        gpt2_folder('gpt2')
-    assert e.value.code == 2
-    err = capsys.readouterr().err
-    assert re.search(r'no weights of gpt2: \S+/config.json: HTTP status 404\. .*save it as', err)
+    with pytest.raises(ValueError, match=r'no weights of gpt2: .*HTTP status 404.*save it as'):
+        read_pretrained('gpt2')
     Hub.files, Hub.budget = served, 100  # the connection breaks
-    with pytest.raises(SystemExit):
-        gpt2_folder('gpt2')
-    folder = gpt2_folder('gpt2')
-    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2')
-    assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
-    back = load_gpt2(folder).state_dict()
+    with pytest.raises(ValueError):
+        read_pretrained('gpt2')
+    folder = tmp_path / 'data' / 'gpt2_weights' / 'gpt2'
+    back = read_pretrained('gpt2')['model']
+    assert {'config.json', 'model.safetensors'} <= set(os.listdir(folder))
     assert all(torch.equal(back[k], v) for k, v in gpt2_hub.state_dict().items())
     assert (GPT2_BASE + 'config.json', 100) in Hub.requests  # it continued
     Hub.requests.clear()
-    assert gpt2_folder('gpt2') == folder and not Hub.requests
+    assert read_pretrained('gpt2')['model'].keys() == back.keys() and not Hub.requests
     cache = tmp_path / 'cache' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
     shutil.copytree(folder, cache)
-    assert gpt2_folder('gpt2') == str(cache)
-    assert gpt2_folder(folder) == folder
-
-
-def test_weights_are_downloaded_while_the_other_ranks_wait(gpt2_hub, tmp_path):
-    turns = []
-
-    class FirstRank(Process):
-        def once_per_node(self, work):
-            turns.append('download')
-            work()
-            Hub.files = {}  # nothing is left to download afterwards
-
-    process = FirstRank(torch.device('cpu'), torch.float32)
-    folder = gpt2_folder('gpt2', process=process)
-    assert folder == str(tmp_path / 'data' / 'gpt2_weights' / 'gpt2') and turns == ['download']
-    assert gpt2_folder(folder, process=process) == folder and turns == ['download']
+    shutil.rmtree(folder)
+    assert read_pretrained('gpt2')['model'].keys() == back.keys() and not Hub.requests
 
 
 def test_a_contradiction_is_found_before_weights_are_fetched(
@@ -1009,6 +991,13 @@ def questions(n):
     return [{'ctx': f'A man number {i}', 'endings': endings, 'label': i % 4} for i in range(n)]
 
 
+def hellaswag(capsys, *arguments):
+    """Run data/hellaswag/evaluate.py and return its result."""
+    configure('data.hellaswag.evaluate', arguments)
+    evaluate.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatch, capsys):
     gpt2_like(tmp_path / 'model')
     body = '\n'.join(map(json.dumps, questions(8))).encode()
@@ -1016,10 +1005,8 @@ def test_hellaswag_runs_from_download_to_accuracy(hub, bpe, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, 'DATA_DIR', str(tmp_path))
     monkeypatch.setattr(evaluate, 'HELLASWAG', {'url': f'{hub}/hellaswag_val.jsonl',
                                                 'sha256': hashlib.sha256(body).hexdigest()})
-    configure('data.hellaswag.evaluate', [f'--init_from={tmp_path / "model"}', '--dtype=float32',
-                               '--device=cpu'])
-    evaluate.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = hellaswag(capsys, f'--init_from={tmp_path / "model"}', '--dtype=float32',
+                       '--device=cpu')
     assert result['n'] == 8 and 0 <= result['acc'] <= 1
     assert result['acc'] * 8 == round(result['acc'] * 8)
     os.remove(tmp_path / 'hellaswag' / 'hellaswag_val.jsonl')
@@ -1041,6 +1028,39 @@ def test_hellaswag_is_the_same_in_two_processes(project, bpe, tmp_path):
     assert one == two and one['n'] == 9
 
 
+def test_hellaswag_evaluates_runs_of_quill(train_run, tmp_path, monkeypatch, capsys):
+    train_run('--block_size=64', '--max_iters=5', '--eval_interval=5')
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: questions(8))
+    run = hellaswag(capsys, f'--init_from={tmp_path / "out"}', '--dtype=float32', '--device=cpu')
+    assert run['n'] == 8 and run['init_from'] == str(tmp_path / 'out')
+    best = hellaswag(capsys, f'--init_from={tmp_path / "out" / "model.pth"}', '--dtype=float32',
+                     '--device=cpu')
+    assert (best['acc'], best['acc_norm']) == (run['acc'], run['acc_norm'])
+    strange = [{'ctx': 'Größe', 'endings': list('abcd'), 'label': 0}]
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: strange)
+    for source, words in ((tmp_path / 'out', 'not in the vocabulary'), (tmp_path, 'config.json')):
+        with pytest.raises(SystemExit) as e:
+            hellaswag(capsys, f'--init_from={source}')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_a_context_that_is_too_long_loses_its_beginning():
+    process = Process(torch.device('cpu'), torch.float32)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=10, vocab_size=50, n_layer=1, n_head=1, n_embd=16)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    context, endings = list(range(30)), [[31, 32, 33, 34], [35, 36], [37], [38, 39, 40]]
+    sums, means = evaluate.score_endings(model, context, endings, process)
+    for ending, total, mean in zip(endings, sums, means):
+        tokens = torch.tensor([context[-7:] + ending])  # 10 inputs with the longest ending
+        logits = model(tokens[:, :-1])[0].log_softmax(-1)
+        expected = sum(logits[0, 6 + i, token] for i, token in enumerate(ending))
+        assert total.item() == pytest.approx(expected.item(), abs=1e-4)
+        assert mean.item() == pytest.approx(expected.item() / len(ending), abs=1e-4)
+
+
 class OneTokenPerCharacter:
     """A tokenizer that needs no download."""
 
@@ -1048,7 +1068,7 @@ class OneTokenPerCharacter:
         return torch.tensor([ord(c) for c in text])
 
 
-def test_hellaswag_scores_equal_a_direct_computation():
+def test_hellaswag_scores_equal_a_direct_computation(monkeypatch, capsys):
     process = Process(torch.device('cpu'), torch.float32)
     tokenizer = OneTokenPerCharacter()
     torch.manual_seed(0)
@@ -1071,15 +1091,18 @@ def test_hellaswag_scores_equal_a_direct_computation():
                 text += c
             sums.append(total)
             means.append(total / (len(ending) + 1))
-        got_sums, got_means = evaluate.score_endings(model, tokenizer, row['ctx'], row['endings'],
-                                                     process)
+        context, endings, label = evaluate.encode(tokenizer, row)
+        assert label == row['label']
+        got_sums, got_means = evaluate.score_endings(model, context, endings, process)
         assert got_sums.tolist() == pytest.approx(sums, abs=1e-3)
         assert got_means.tolist() == pytest.approx(means, abs=1e-4)
         expected.append((sums.index(max(sums)) == row['label'],
                          means.index(max(means)) == row['label']))
-    acc, acc_norm = evaluate.hellaswag(model, tokenizer, rows, process)
-    assert acc == pytest.approx(sum(by_sum for by_sum, _ in expected) / 5)
-    assert acc_norm == pytest.approx(sum(by_mean for _, by_mean in expected) / 5)
+    monkeypatch.setattr(evaluate, 'load', lambda source, device: (model, tokenizer))
+    monkeypatch.setattr(evaluate, 'read_questions', lambda path: rows)
+    result = hellaswag(capsys, '--dtype=float32', '--device=cpu')
+    assert result['acc'] == pytest.approx(sum(by_sum for by_sum, _ in expected) / 5)
+    assert result['acc_norm'] == pytest.approx(sum(by_mean for _, by_mean in expected) / 5)
 
 
 @pytest.mark.parametrize('terminal', [True, False])

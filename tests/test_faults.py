@@ -804,7 +804,7 @@ CHANGES = {
     'no position': ({'position': None}, 'no position'),
     'shape': ({'model_args': {'n_embd': 64}}, 'do not fit'),
     'huge': ({'model_args': {'n_layer': 10**9}}, 'too few weights for n_layer=1000000000'),
-    'no integer': ({'model_args': {'n_head': 2.0}}, 'n_head=2.0 is no int'),
+    'no integer': ({'model_args': {'n_head': 2.0}}, 'n_head=2.0 must be an integer'),
     'path': ({'config': {'dataset': '../../etc'}}, 'dataset is the name of a folder in data/'),
     'type': ({'config': {'batch_size': 'many'}}, "batch_size='many' must be an integer"),
 }
@@ -833,7 +833,7 @@ def damage(path, kind, tmp_path):
     elif kind == 'directory':
         os.remove(path)
         os.mkdir(path)
-        return 'it is not a file'
+        return 'there is no such file'
     elif kind == 'flipped':
         with open(path, 'rb') as f:
             body = bytearray(f.read())
@@ -973,7 +973,7 @@ def test_an_error_of_torch_without_words_is_named(train_run, tmp_path, monkeypat
 
 @pytest.mark.parametrize('change, words', [
     (lambda c: c.update(val_loss='x'), 'it has no val_loss'),
-    (lambda c: c['model_args'].update(n_head=2.0), 'n_head=2.0 is no int'),
+    (lambda c: c['model_args'].update(n_head=2.0), 'n_head=2.0 must be an integer'),
     (lambda c: c['model_args'].update(vocab_size=91), 'its tokenizer has more tokens'),
     (lambda c: c['model'].update({'lm_head.weight': c['model']['lm_head.weight'].to_sparse()}),
      'its weights do not fit its model_args')])
@@ -1045,7 +1045,6 @@ BAD_DATA = {
     'short': (lambda d: os.truncate(d / 'val.bin', 64), 'fewer than block_size + 1 = 33'),
     'cut': (lambda d: os.truncate(d / 'train.bin', 100_000), 'instead of'),
     'ids': (bad_id, 'outside the vocabulary of 92'),
-    'no meta': (lambda d: (d / 'meta.json').unlink(), 'no meta.json'),
     'bad meta': (lambda d: (d / 'meta.json').write_text('{"tokenizer": '),
                  'meta.json is damaged'),
     'half meta': (lambda d: change_meta(d, lambda m: m.pop('dtype')), 'meta.json is damaged'),

@@ -96,7 +96,7 @@ def test_an_untimed_update_waits_for_the_gpu_once(more):
 def test_the_first_sample_takes_at_most_three_times_as_long_as_the_second():
     device = torch.device('cuda')
     model = GPT(GPTConfig(block_size=512, vocab_size=65, n_layer=4, n_head=4, n_embd=256))
-    place_for_generation(model, device, torch.bfloat16, '', 1)
+    place_for_generation(model, device, torch.bfloat16)
     idx, seconds = torch.zeros(1, 1, dtype=torch.int64, device=device), []
     list(model.generate(idx, 4))  # loads the kernels
     for _ in range(2):
@@ -191,5 +191,5 @@ def test_peak_memory_and_speed_are_reported(project, tmp_path):
                     '--bench_tokens=10', cwd=tmp_path)
     result = json.loads(out.splitlines()[-1])
     assert result['device'].startswith('cuda') and 0 < result['peak_memory_mb'] < 5000
-    assert result['sample_tps_1'] > 0 and 'sample_tps_1_int8' not in result  # int8 is for CPUs
+    assert result['sample_tps_1'] > 0 and result['sample_tps_10'] > 0
     assert os.listdir(tmp_path) == []

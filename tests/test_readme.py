@@ -69,7 +69,7 @@ def check(words):
     arguments = [os.path.join(ROOT, w) if w.endswith('.py') else w for w in arguments]
     try:
         if name == 'bench.py':
-            configure('bench', arguments, base='train', check=bench.check_settings)
+            configure(bench.__name__, arguments, base='train', check=train.check_settings)
         elif name == 'sample.py':
             configure('sample', arguments)
         else:

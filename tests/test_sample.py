@@ -16,30 +16,30 @@ import torch
 from conftest import ROOT, metrics, script
 from torch import nn
 
+import configurator
 import sample
 from configurator import configure
 from data import runs
 from data.tokenizers import CharTokenizer
 from model import GPT, GPTConfig, KVCache
-from sample import (
-    CastLinear,
-    FBGEMMLinear,
-    Int8Linear,
-    OneDNNLinear,
-    place_for_generation,
-    unescape,
-)
+from sample import place_for_generation, unescape
 
 CPU = torch.device('cpu')
-ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 fbgemm = pytest.mark.skipif(not sample.FBGEMM, reason='needs FBGEMM, which is for x86')
-onednn = pytest.mark.skipif(not ONEDNN, reason='needs a CPU on which oneDNN has bfloat16')
-# each class of stored weights with a dtype and the relative error of its products
-STORED = [pytest.param(CastLinear, torch.bfloat16, 8e-3, id='cast-bfloat16'),
-          pytest.param(CastLinear, torch.float16, 2e-3, id='cast-float16'),
-          pytest.param(FBGEMMLinear, torch.float16, 2e-3, id='fbgemm', marks=fbgemm),
-          pytest.param(OneDNNLinear, torch.bfloat16, 8e-3, id='onednn', marks=onednn),
-          pytest.param(Int8Linear, torch.float32, 1.5e-2, id='int8')]
+onednn = pytest.mark.skipif(not sample.ONEDNN, reason='needs a CPU on which oneDNN has bfloat16')
+# whether to use a library's kernel, the dtype of weights, and the relative error of products
+STORED = [pytest.param(False, torch.bfloat16, 8e-3, id='cast-bfloat16'),
+          pytest.param(False, torch.float16, 2e-3, id='cast-float16'),
+          pytest.param(True, torch.float16, 2e-3, id='fbgemm', marks=fbgemm),
+          pytest.param(True, torch.bfloat16, 8e-3, id='onednn', marks=onednn)]
+
+
+@pytest.fixture
+def stored(library, monkeypatch):
+    """sample.stored_linear, with the libraries of this machine or without any."""
+    monkeypatch.setattr(sample, 'FBGEMM', library)
+    monkeypatch.setattr(sample, 'ONEDNN', library)
+    return sample.stored_linear
 
 
 @pytest.fixture
@@ -93,12 +93,11 @@ def test_sampling_is_repeatable_and_needs_no_dataset(project, trained, sampled):
     assert a[0].splitlines()[2:] != a[1].splitlines()[1:]  # two samples differ
 
 
-@pytest.mark.parametrize('choice', ['--dtype=float16', '--dtype=bfloat16', '--quantize=int8'])
+@pytest.mark.parametrize('choice', ['--dtype=float16', '--dtype=bfloat16'])
 def test_weights_of_fewer_bytes_still_tell_what_was_learned(trained, sampled, choice):
     out = sampled(f'--out_dir={trained}', choice, '--start=The ')
     assert len(out.split('---------------')) == 3 and out.count('\n[The ]') == 2
-    # the lines that tell what is used
-    assert (choice[2:] if 'dtype' in choice else ', as int8\n') in out
+    assert choice[2:] in out  # the line that tells what is used
 
 
 def test_a_batch_of_samples_and_streaming_show_the_same_greedy_text(trained, sampled):
@@ -131,9 +130,7 @@ def test_the_prompt_can_come_from_a_file_be_empty_or_be_too_long(trained, sample
     (['--top_k=-1'], 'top_k is'), (['--top_p=2'], 'top_p is'), (['--top_p=0'], 'top_p is'),
     (['--seed=-1'], 'seed is'), (['--seed=9223372036854775808'], 'seed is'),
     (['--weights=worst'], 'weights is one of best, last'),
-    (['--quantize=int4'], 'quantize is'), (['--dtype=int8'], 'dtype is one of'),
-    (['--init_from=gpt5'], 'gpt2, gpt2-medium'),
-    (['--quantize=int8', '--dtype=bfloat16'], 'without --dtype')])
+    (['--dtype=int8'], 'dtype is one of'), (['--init_from=gpt5'], 'gpt2, gpt2-medium')])
 def test_mistakes_end_with_one_line(trained, sampled, capsys, arguments, words):
     with pytest.raises(SystemExit) as e:
         sampled(f'--out_dir={trained}', *arguments)
@@ -289,32 +286,33 @@ def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_pa
     assert torch.equal(theirs[name].t(), weights[name])
     config = transformers.GPT2Config.from_pretrained(folder)  # its default is GPT-2's 50256
     assert config.bos_token_id is None and config.eos_token_id is None
-    with pytest.raises(SystemExit):
-        sampled(f'--out_dir={trained}', f'--export={tmp_path / "int8"}', '--quantize=int8')
-    assert 'without --dtype and --export' in capsys.readouterr().err
     assert '2 x 20 tokens' in sampled(f'--init_from={folder}')
     os.remove(folder / 'tokenizer.json')
-    for arguments, words in (
-            ([f'--out_dir={trained}', f'--export={folder}'], 'name another'),
-            ([f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}'],
+    for arguments, code, words in (
+            ([f'--out_dir={trained}', f'--export={folder}'], 2, 'name another'),
+            ([f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}'], 1,
              'Not a directory'),
-            ([f'--init_from={folder}'], 'holds no tokenizer')):
+            ([f'--init_from={folder}'], 2, 'tokenizer')):
         with pytest.raises(SystemExit) as e:
             sampled(*arguments)
         err = capsys.readouterr().err
-        assert e.value.code == 2 and words in err and len(err.splitlines()) == 1
+        assert e.value.code == code and words in err and len(err.splitlines()) == 1
 
 
-def test_an_export_that_finds_no_space_leaves_nothing(trained, sampled, tmp_path, monkeypatch,
-                                                      capsys):
-    def full(model, folder, eot):
+@pytest.mark.parametrize('error, code, words', [
+    (OSError(28, 'No space left on device'), 1, 'No space left on device): '),
+    (ValueError('softcap=15 has no counterpart'), 2, 'softcap=15 has no'),
+    (KeyboardInterrupt(), None, ''), (TypeError('a bug'), None, '')])
+def test_an_export_that_fails_leaves_nothing(trained, sampled, tmp_path, monkeypatch, capsys,
+                                             error, code, words):
+    def fails(folder, model, tokenizer):
         with open(os.path.join(folder, 'model.safetensors'), 'wb') as f:
             f.write(b'half')
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(sample, 'save_gpt2', full)
-    with pytest.raises(SystemExit) as e:
+        raise error
+    monkeypatch.setattr(sample, 'write_pretrained', fails)
+    with pytest.raises(SystemExit if code else type(error)) as e:
         sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
-    assert e.value.code == 1 and 'No space left' in capsys.readouterr().err
+    assert getattr(e.value, 'code', None) == code and words in capsys.readouterr().err
     assert not (tmp_path / 'hf').exists()
 
 
@@ -335,9 +333,10 @@ def test_the_list_of_runs_may_be_empty_and_hold_any_name(trained, sampled, train
     assert e.value.code == 2 and 'nothing has been trained yet' in capsys.readouterr().err
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/\xff')
     train_run('--max_iters=5', out=odd)
-    assert runs.read_runs() == [odd] and sample.last_run() == odd
+    assert runs.read_runs() == [odd] and sample.find_weights() == f'{odd}/model.pth'
     runs.remember_run(str(tmp_path / 'deleted'))
-    assert runs.read_runs()[-1] == str(tmp_path / 'deleted') and sample.last_run() == odd
+    assert runs.read_runs()[-1] == str(tmp_path / 'deleted')
+    assert sample.find_weights() == f'{odd}/model.pth'
 
 
 @pytest.mark.parametrize('mistake, words', [
@@ -345,7 +344,7 @@ def test_the_list_of_runs_may_be_empty_and_hold_any_name(trained, sampled, train
     ('--export=/', 'not an empty folder')])
 def test_mistakes_are_found_before_weights_are_fetched(sampled, monkeypatch, capsys, mistake,
                                                        words):
-    monkeypatch.setattr(sample, 'gpt2_folder', None)
+    monkeypatch.setattr(sample, 'read_weights', None)
     with pytest.raises(SystemExit) as e:
         sampled('--init_from=gpt2', mistake)
     assert e.value.code == 2 and words in capsys.readouterr().err
@@ -355,72 +354,57 @@ def test_mistakes_are_found_before_weights_are_fetched(sampled, monkeypatch, cap
 # weights of fewer bytes
 
 @pytest.mark.parametrize('rows', [1, 3, 40])
-@pytest.mark.parametrize('stored, dtype, error', STORED)
+@pytest.mark.parametrize('library, dtype, error', STORED)
 def test_stored_weights_multiply_like_the_exact_ones(stored, dtype, error, rows):
     torch.manual_seed(0)
     linear = nn.Linear(128, 960)
     with torch.no_grad():
         linear.weight *= torch.logspace(-3, 1, 960)[:, None]  # channels of different size
         linear.weight[5] = 0
-        module = stored(linear, dtype, rows)
+        function = stored(linear, dtype)
         # a token of each sample, a prompt, another number of samples
         for x in (torch.randn(rows, 1, 128), torch.randn(rows, 7, 128),
                   torch.randn(rows + 1, 1, 128)):
-            got, expected = module(x), linear(x)
+            got, expected = function(x), linear(x)
             assert got.dtype == torch.float32 and got.shape == expected.shape
             size = expected.abs().amax(dim=(0, 1)) + linear.weight.norm(dim=1) * 128**0.5 * 0.1
             assert ((got - expected).abs().amax(dim=(0, 1)) <= error * size).all()
 
 
 @pytest.mark.parametrize('rows', [1, 4])
-@pytest.mark.parametrize('stored, dtype, error', STORED)
+@pytest.mark.parametrize('library, dtype, error', STORED)
 def test_stored_weights_take_and_give_what_float16_cannot_hold(stored, dtype, error, rows):
     torch.manual_seed(0)
     linear = nn.Linear(64, 96)
     x = torch.randn(rows, 1, 64)
     x[:, :, 7] = 7e5
     with torch.no_grad():
-        got, expected = stored(linear, dtype, rows)(x), linear(x)
+        got, expected = stored(linear, dtype)(x), linear(x)
     assert expected.abs().max() > 65504
     assert (got - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 @pytest.mark.parametrize('rows', [1, 4])
-@pytest.mark.parametrize('stored, dtype, error', STORED)
+@pytest.mark.parametrize('library, dtype, error', STORED)
 def test_stored_weights_add_the_bias_exactly(stored, dtype, error, rows):
     linear = nn.Linear(8, 20)
     nn.init.zeros_(linear.weight)
     nn.init.normal_(linear.bias, std=1e5)
     with torch.no_grad():
-        got = stored(linear, dtype, rows)(torch.randn(rows, 1, 8))
+        got = stored(linear, dtype)(torch.randn(rows, 1, 8))
     assert torch.equal(got, linear.bias.expand(rows, 1, 20))
 
 
-def test_int8_rounds_a_weight_by_at_most_a_255th_of_its_channels_largest():
-    torch.manual_seed(0)
-    linear = nn.Linear(48, 700, bias=False)
-    with torch.no_grad():
-        linear.weight *= torch.logspace(-3, 3, 700)[:, None]
-        stored = Int8Linear(linear, torch.float32, rows=1)(torch.eye(48)[None])[0].T
-        off = (stored - linear.weight).abs()
-        largest = linear.weight.abs().amax(dim=1, keepdim=True)
-    assert (off / largest).max() <= 1.001 / 255
-    assert off.mean() > 0
-
-
 @pytest.mark.parametrize('width', [1, 8, 20, 24, 33, 40, 65, 100, 130])
-@pytest.mark.parametrize('threads', [1, 3])
-@pytest.mark.parametrize('stored, dtype, error', STORED)
-def test_stored_weights_of_any_width_are_multiplied(stored, dtype, error, width, threads,
-                                                    monkeypatch):
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+@pytest.mark.parametrize('library, dtype, error', STORED)
+def test_stored_weights_of_any_width_are_multiplied(stored, dtype, error, width):
     torch.manual_seed(0)
     for n_out in (1, 65, 2000):
         linear = nn.Linear(width, n_out)
         for rows in (1, 3):
             x = torch.randn(rows, 1, width)
             with torch.no_grad():
-                assert torch.allclose(stored(linear, dtype, rows)(x), linear(x), atol=0.05)
+                assert torch.allclose(stored(linear, dtype)(x), linear(x), atol=0.05)
 
 
 def small_gpt():
@@ -429,93 +413,52 @@ def small_gpt():
 
 
 @pytest.mark.parametrize('rows', [1, 4])
-@pytest.mark.parametrize('dtype, quantize, error', [
-    (torch.bfloat16, '', 0.02), (torch.float16, '', 0.005), (torch.float32, 'int8', 0.03)])
-def test_logits_with_stored_weights_are_near(dtype, quantize, error, rows):
+@pytest.mark.parametrize('dtype, error', [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_logits_with_stored_weights_are_near(dtype, error, rows):
     model = small_gpt().eval()
     idx = torch.randint(50, (rows, 16))
     with torch.no_grad():
         exact = model(idx)[0]
-        place_for_generation(model, CPU, dtype, quantize, rows)
+        place_for_generation(model, CPU, dtype)
         cache = KVCache(16)
         near = [model(idx[:, :2], cache=cache)[0]]
         near += [model(idx[:, [i]], cache=cache)[0] for i in range(2, 16)]
         near = torch.cat(near, dim=1)
     assert 0 < (near - exact[:, 1:]).std() < error * exact.std()
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
-
-
-@pytest.mark.parametrize('machine', ['with all kernels', 'without bfloat16', 'without libraries'])
-@pytest.mark.parametrize('dtype, quantize, fast, portable', [
-    (torch.bfloat16, '', OneDNNLinear, CastLinear), (torch.float16, '', FBGEMMLinear, CastLinear),
-    (torch.float32, 'int8', Int8Linear, Int8Linear), (torch.float32, '', nn.Linear, nn.Linear)])
-def test_weights_are_stored_for_the_kernels_that_the_machine_has(
-        dtype, quantize, fast, portable, machine, monkeypatch):
-    def bfloat16_is_supported():
-        if machine == 'without libraries':
-            raise AttributeError("a torch without oneDNN has no such operator")
-        return False
-    stored = fast
-    if machine == 'with all kernels':
-        if not (sample.FBGEMM and ONEDNN):
-            pytest.skip('needs FBGEMM, and a CPU on which oneDNN has bfloat16')
-    else:
-        stored = portable
-        monkeypatch.setattr(sample, 'FBGEMM', False)
-        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', bfloat16_is_supported,
-                            raising=False)
-    if machine == 'without libraries':
-        monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
-    model = small_gpt()
-    place_for_generation(model, CPU, dtype, quantize, 2)
-    kinds = (nn.Linear, CastLinear, FBGEMMLinear, Int8Linear)
-    found = [type(part) for m in model.modules() for part in {**vars(m), **m._modules}.values()
-             if isinstance(part, kinds)]
-    assert found == [stored] * 9 and not model.training
-    others = [p for m in model.modules() if not isinstance(m, kinds)
-              for p in m.parameters(recurse=False)]
-    assert others and all(p.dtype == torch.float32 for p in others)
-
-
-def other_arguments(weight):
-    """Stands in for a private function of torch whose arguments have changed."""
-
-
-@pytest.mark.parametrize('functions', [{}, {'linear_prepack_fp16': other_arguments,
-                                            'embedding_bag_byte_prepack': other_arguments,
-                                            '_reorder_linear_weight': other_arguments}])
-@pytest.mark.parametrize('dtype, quantize, name', [
-    pytest.param(torch.bfloat16, '', 'OneDNNLinear', marks=onednn),
-    pytest.param(torch.float16, '', 'FBGEMMLinear', marks=fbgemm),
-    (torch.float32, 'int8', 'Int8Linear')])
-def test_without_torchs_private_functions_the_weights_stay_in_float32(
-        dtype, quantize, name, functions, monkeypatch, capsys):
-    for library in ('mkldnn', 'quantized'):
-        monkeypatch.setattr(torch.ops, library, types.SimpleNamespace(**functions))
-    model = small_gpt().eval()
-    idx = torch.randint(50, (2, 16))
-    with torch.no_grad():
-        exact = model(idx)[0]
-        place_for_generation(model, CPU, dtype, quantize, 2)
-        assert torch.allclose(model(idx)[0], exact, atol=1e-5)
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    expected = f'note: {name} does not work with torch {torch.__version__}: using float32\n'
-    assert capsys.readouterr().out == expected
 
 
-@pytest.mark.parametrize('kind, dtype, quantize, num_samples, bf16, fbgemm, expected', [
-    ('cuda', 'auto', '', 1, True, True, 'auto'), ('cpu', 'float32', '', 1, True, True, 'float32'),
-    ('cpu', 'auto', 'int8', 1, True, True, 'float32'),
-    ('cpu', 'auto', '', 1, True, True, 'float16'), ('cpu', 'auto', '', 1, True, False, 'bfloat16'),
-    ('cpu', 'auto', '', 1, False, False, 'bfloat16'),
-    ('cpu', 'auto', '', 10, True, True, 'bfloat16'),
-    ('cpu', 'auto', '', 10, False, True, 'float16'),
-    ('cpu', 'auto', '', 10, False, False, 'float32')])
+@pytest.mark.parametrize('library, dtype, private', [
+    pytest.param(True, torch.bfloat16, 'mkldnn', marks=onednn),
+    pytest.param(True, torch.float16, 'quantized', marks=fbgemm),
+    (False, torch.bfloat16, ''), (False, torch.float16, ''), (True, torch.float32, '')])
+def test_weights_are_stored_for_the_kernels_that_the_machine_has(stored, dtype, private,
+                                                                 monkeypatch):
+    for name in ('mkldnn', 'quantized'):  # as in a torch without this library
+        monkeypatch.setattr(torch.ops, name, types.SimpleNamespace())
+    model = small_gpt()
+    if private:
+        with pytest.raises(AttributeError):
+            place_for_generation(model, CPU, dtype)
+        return
+    place_for_generation(model, CPU, dtype)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == (9 if dtype == torch.float32 else 0) and not model.training
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, dtype=torch.int64))[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize('kind, dtype, num_samples, bf16, fbgemm, expected', [
+    ('cuda', 'auto', 1, True, True, 'auto'), ('cpu', 'float32', 1, True, True, 'float32'),
+    ('cpu', 'auto', 1, True, True, 'float16'), ('cpu', 'auto', 1, True, False, 'bfloat16'),
+    ('cpu', 'auto', 1, False, False, 'bfloat16'), ('cpu', 'auto', 10, True, True, 'bfloat16'),
+    ('cpu', 'auto', 10, False, True, 'float16'), ('cpu', 'auto', 10, False, False, 'float32')])
 def test_the_dtype_of_weights_is_the_fastest_for_the_machine(
-        kind, dtype, quantize, num_samples, bf16, fbgemm, expected, monkeypatch):
-    monkeypatch.setattr(sample, 'cpu_multiplies_bfloat16', lambda: bf16)
+        kind, dtype, num_samples, bf16, fbgemm, expected, monkeypatch):
+    monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16', lambda: bf16)
     monkeypatch.setattr(sample, 'FBGEMM', fbgemm)
-    assert sample.pick_dtype(kind, dtype, quantize, num_samples) == expected
+    assert sample.pick_dtype(kind, dtype, num_samples) == expected
 
 
 def test_stop_and_start_may_name_line_breaks_and_tabs(trained, sampled):

@@ -84,19 +84,6 @@ def test_batches_depend_only_on_seed_and_position(tokens, process):
     assert not torch.equal(tokens().train_batch(100, 12, other)[0], whole)
 
 
-def test_input_noise_replaces_its_fraction_of_x_and_nothing_of_y(tokens, process):
-    clean, noisy = tokens(), tokens()
-    noisy.vocab_size = 1000
-    x, y = clean.train_batch(0, 180, process)
-    x_noisy, y_noisy = noisy.train_batch(0, 180, process, 0.1)
-    assert torch.equal(y_noisy, y)
-    assert 0.08 < (x_noisy != x).float().mean() < 0.12
-    ids = x_noisy[x_noisy != x]
-    assert ids.min() < 50 and ids.max() > 950 and len(ids.unique()) > 150  # any token
-    pieces = [noisy.train_batch(i, 60, process, 0.1)[0] for i in (0, 60, 120)]
-    assert torch.equal(torch.cat(pieces), x_noisy)
-
-
 def resident(pid='self'):
     """Return the resident memory of a process in bytes."""
     with open(f'/proc/{pid}/statm') as f:

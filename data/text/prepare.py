@@ -21,11 +21,12 @@ import torch
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, one_line_errors, run_main
+from data import huggingface
 from data.build import Texts, write_dataset
 from data.checkpoints import checkpoint_path, read_checkpoint
 from data.files import DATA_DIR
-from data.huggingface import GPT2_NAMES, read_json
-from data.tokenizers import pretrained_tokenizer, tokenizer_size
+from data.huggingface import GPT2_NAMES
+from data.tokenizers import tokenizer_size
 
 input = ''  # UTF-8 text: a file, a folder or a pattern, also of .gz and .jsonl files
 name = ''  # name of the dataset
@@ -78,8 +79,7 @@ def read_tokenizer(path):
         saved = read_checkpoint(checkpoint_path(path))['tokenizer']
         tokenizer_size(saved)  # checks the tokenizer
         return saved
-    config = read_json(os.path.join(path, 'config.json'), {})
-    return pretrained_tokenizer(path, config.get('vocab_size'))
+    return huggingface.read_tokenizer(path)
 
 
 if __name__ == '__main__':
