@@ -412,7 +412,7 @@ def opened(name, block_size=8):
 def test_a_dataset_of_nanogpt_is_ordinary_from_then_on(theirs, train_run, capsys):
     folder, text, _ = theirs
     meta, train, val = opened('theirs')
-    assert "note: data/theirs is read as nanoGPT's, with 15 characters" in capsys.readouterr().out
+    assert "note: data/theirs is read as nanoGPT's, with 16 characters" in capsys.readouterr().out
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     ids = np.concatenate([np.fromfile(folder / f'{s}.bin', meta['dtype'])
                           for s in ('train', 'val')])
@@ -496,7 +496,7 @@ def test_a_meta_pkl_that_does_not_tell_the_characters_is_one_line(
 def test_a_checkpoint_of_nanogpt_finds_its_characters_in_nanogpts_folder(theirs):
     checkpoint = {'model': {}, 'best_val_loss': 1.5, 'config': {'dataset': 'theirs'},
                   'model_args': {'vocab_size': 16}}
-    checkpoints.adopt_nanogpt(checkpoint)
+    checkpoints.adopt_nanogpt_checkpoint(checkpoint)
     assert checkpoint['tokenizer']['chars'] == ''.join(theirs[2]['itos'].values())
 
 
