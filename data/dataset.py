@@ -122,15 +122,9 @@ class Tokens:
         self.block_size = block_size
         self.dtype = np.dtype(dtype)
         self.vocab_size = vocab_size
-        try:
+        with one_line_errors():
             self.file = open(path, 'rb', buffering=0)
-        except OSError as e:
-            fail(f'{path}: {e.strerror}')
-        size, item = os.path.getsize(path), self.dtype.itemsize
-        if size % item:
-            fail(f'{path}: {size} bytes are not a whole number of {item}-byte tokens: '
-                 'prepare the dataset again')
-        self.n = size // item
+        self.n = os.path.getsize(path) // self.dtype.itemsize
         if self.n < block_size + 1:
             fail(f'{path}: {self.n} tokens are fewer than block_size + 1 = {block_size + 1}: '
                  'use a smaller --block_size')
@@ -145,27 +139,23 @@ class Tokens:
             self.file.seek(int(start) * self.dtype.itemsize)
             if self.file.readinto(row) != row.nbytes:
                 fail(f'{self.path} ends at token {start}: it was cut short while in use', code=1)
-        if ids.max() >= self.vocab_size:
-            fail(self.outside(ids.max()), code=1)
+        self.refuse_outside(ids)
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def check(self):
-        """Fail if an id is outside the vocabulary.
-
-        Checks the first 100M tokens, to start soon. read checks every token that it returns.
-        """
+        """Fail if an id is outside the vocabulary, among the first 100M tokens, to start soon."""
         chunk = 1 << 20
         self.file.seek(0)
-        for start in range(0, min(self.n, 100_000_000), chunk):
-            ids = np.frombuffer(self.file.read(chunk * self.dtype.itemsize), self.dtype)
-            if ids.max() >= self.vocab_size:
-                fail(self.outside(ids.max(), f' at position {start + ids.argmax()}'))
+        for _ in range(0, min(self.n, 100_000_000), chunk):
+            data = self.file.read(chunk * self.dtype.itemsize)
+            self.refuse_outside(np.frombuffer(data, self.dtype))
 
-    def outside(self, token, where=''):
-        """Return the error message for an id that is outside the vocabulary."""
-        return (f'{self.path}: token id {token}{where} is outside the vocabulary of '
-                f'{self.vocab_size}: prepare the dataset again')
+    def refuse_outside(self, ids):
+        """Fail if one of the ids is outside the vocabulary."""
+        if ids.max() >= self.vocab_size:
+            fail(f'{self.path}: token id {ids.max()} is outside the vocabulary of '
+                 f'{self.vocab_size}: prepare the dataset again')
 
     def bits_per_byte(self, loss):
         """Return a loss in nats per token as bits per byte, which compares between tokenizers."""
@@ -275,8 +265,8 @@ def is_val(document, val_fraction):
     return int.from_bytes(digest[:8], 'big') < val_fraction * 2**64
 
 
-def text_size(path, tokenizer, dtype='uint16'):
-    """Return the number of bytes of the text in a .bin file. End-of-text tokens have no text.
+def text_size(path, tokenizer):
+    """Return the number of bytes of the text in a .bin file of uint16, without end-of-text tokens.
 
     Fails if the file holds an id that is not one of the tokenizer's.
     """
@@ -287,7 +277,7 @@ def text_size(path, tokenizer, dtype='uint16'):
     total = 0
     with open(path, 'rb') as f:
         while chunk := f.read(1 << 24):
-            ids = np.frombuffer(chunk, dtype=dtype)
+            ids = np.frombuffer(chunk, dtype=np.uint16)
             if ids.max() >= size:
                 fail(f'{path}: token id {ids.max()} is outside the vocabulary of {size:,}')
             total += int(lengths[ids].sum())
