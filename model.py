@@ -55,23 +55,19 @@ class GPTConfig:
 
     def problems(self):
         """Yield the rules that the shape breaks."""
-        head_dim = self.n_embd / self.n_head
+        head_dim, rest = divmod(self.n_embd, self.n_head)
         multiple = 4 if self.half_rotary else 2
-        if self.n_embd % self.n_head:
+        if rest:
             yield f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}'
         elif self.rotary and head_dim % multiple:
-            yield f'n_embd/n_head={head_dim:g} must be a multiple of {multiple} for rotary'
+            yield f'n_embd/n_head={head_dim} must be a multiple of {multiple} for rotary'
         if self.half_rotary and not self.rotary:
             yield 'half_rotary needs rotary=True'
-        if self.token_shift and self.n_embd == 1:
-            yield 'n_embd=1 must be at least 2 for token_shift'
         if self.zero_head and self.tie_weights:
             yield 'zero_head needs tie_weights=False'
-        if not 0 <= self.dropout < 1:
-            yield f'dropout={self.dropout} must be at least 0 and below 1'
-        for key in ('attn_scale', 'softcap'):
-            if not 0 <= getattr(self, key) < math.inf:
-                yield f'{key}={getattr(self, key)} must be at least 0 and finite'
+        for key, end in ('dropout', 1), ('attn_scale', math.inf), ('softcap', math.inf):
+            if not 0 <= getattr(self, key) < end:
+                yield f'{key}={getattr(self, key)} must be at least 0 and below {end}'
         for key, choices in ('activation', ACTIVATIONS), ('norm', NORMS):
             if getattr(self, key) not in choices:
                 yield f'{key}={getattr(self, key)} must be one of {", ".join(choices)}'
@@ -135,9 +131,6 @@ class Dropout(nn.Module):
         mask = torch.ge(noise, self.threshold, out=torch.empty_like(x))
         return x * mask.mul_(256 / (256 - self.threshold))
 
-    def extra_repr(self):
-        return f'p={self.threshold / 256:.4g}'
-
 class KVCache:
     """The keys and values of every layer for the positions seen so far.
 
@@ -168,8 +161,7 @@ def rotate(x, cos, sin):
 def attention_by_products(q, k, v, scale):
     """Causal attention of q, k, v (B, H, T, D) that keeps its weights (B, H, T, T) for backward.
 
-    In bfloat16 on a CPU this takes half as long as F.scaled_dot_product_attention. Skipping the
-    masked half in chunks did not pay.
+    In bfloat16 on a CPU this takes half as long as F.scaled_dot_product_attention.
     """
     T = q.size(-2)
     mask = q.new_full((T, T), -torch.inf).triu_(1)
@@ -194,18 +186,16 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, _ = x.shape
-        # a query for each head, compared with keys; values are what the position hears
+        # each position asks with its queries, is found by its keys, and answers with its values
         q_size, kv_size = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         q, k, v = self.c_attn(x).split([q_size, kv_size, kv_size], dim=-1)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
 
-        # queries and keys of one length, so that only their directions count
         if self.qk_norm:
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
-        # rotated by their positions, so that the products depend on distances
-        if rotation is not None:
+        if rotation is not None:  # the products of queries and keys then depend on distances
             cos, sin = (table.to(q.dtype) for table in rotation)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # drop whole keys (https://arxiv.org/abs/1907.11065): dropping single weights would need
@@ -406,7 +396,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / max(temperature, 1e-30)  # stays finite
-    ids = None  # of the columns of logits, if they are not 0, 1, 2, ...
+    ids = None  # the id of each column of logits, if columns were selected or sorted
     if 0 < top_k < logits.size(-1):  # what follows has only (B, top_k) numbers to process
         logits, ids = logits.topk(top_k)
     elif top_p < 1:
@@ -442,12 +432,11 @@ def shard(model, process):
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalized updates (https://kellerjordan.github.io/posts/muon/).
 
-    Then every row of an update is scaled to the length lr, so that all outputs of a layer learn at
-    the same speed (Muon+, https://arxiv.org/abs/2602.21545).
+    Every row of an update is then scaled to the length lr: all outputs of a layer learn at the same
+    speed (Muon+, https://arxiv.org/abs/2602.21545).
 
-    torch.optim.Muon always multiplies in bfloat16, which many CPUs emulate slowly, and wants whole
-    matrices on every process. This one multiplies in `dtype`, orthogonalizes all matrices of one
-    shape together, and divides this work over the processes.
+    Unlike torch.optim.Muon, it multiplies in `dtype`, orthogonalizes all matrices of one shape
+    together, divides this work over the processes, and accepts sharded matrices.
     """
 
     def __init__(self, params, lr, momentum, weight_decay, dtype, process):

@@ -1,11 +1,14 @@
 """
-Datasets: their files, and the windows of tokens that training and evaluation read.
+Datasets: the tokens of a text in a folder of data/, and how training and evaluation read them.
+
+    meta, train, val = open_dataset('shakespeare_char', block_size, process)
+    x, y = train.train_batch(first, count, process)
 
 A dataset is a folder data/NAME with three files:
     train.bin, val.bin   token ids without a header, uint16 or uint32
     meta.json            tokenizer, vocab_size, dtype, source, sha256; tokens and bytes per split
 
-A folder that nanoGPT prepared has both .bin files, and perhaps a meta.pkl with its characters.
+A folder without meta.json is nanoGPT's: it gets a meta.json when it is first opened.
 """
 import hashlib
 import importlib
@@ -19,10 +22,10 @@ import torch
 
 from configurator import fail, one_line_errors, say, torchrun
 from data.files import DATA_DIR, sha256_file, show_progress, take_turns, write_atomic
-from data.tokenizers import tokenizer_from_dict, tokenizer_size
+from data.tokenizers import CharTokenizer, tokenizer_from_dict, tokenizer_size
 
 SPLITS = ('train', 'val')
-FIRST_USE = ('shakespeare_char', 'shakespeare')  # prepared when they are used for the first time
+FIRST_USE = ('shakespeare', 'shakespeare_char')  # prepared when they are first used
 
 
 def open_dataset(name, block_size, process):
@@ -53,11 +56,11 @@ def open_dataset(name, block_size, process):
 
 
 def complete_dataset(name):
-    """Prepare Shakespeare if it is missing, and write the meta.json of a folder of nanoGPT."""
+    """Prepare Shakespeare if it is missing, or write the meta.json of a folder of nanoGPT."""
     if missing_file(name) == 'meta.json':
         adopt_nanogpt_folder(name)
     elif missing_file(name) and name in FIRST_USE:
-        with take_turns(DATA_DIR):  # perhaps another run prepares it at this moment
+        with take_turns(DATA_DIR):  # another run may prepare the dataset at this moment
             if missing := missing_file(name):
                 say(f'no {missing} in data/{name} yet: running data/{name}/prepare.py')
                 importlib.import_module(f'data.{name}.prepare').main()
@@ -74,154 +77,37 @@ def missing_file(name):
 def remedy(name, meta=None):
     """Return, as the end of an error line, how to prepare the dataset again."""
     if meta and meta.get('source') == 'nanoGPT':
-        return 'if nanoGPT has written new files, remove meta.json'
+        return f'if nanoGPT has prepared it again, remove data/{name}/meta.json'
     if os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
         return f'run python data/{name}/prepare.py'
     return f'run python data/text/prepare.py --input=FILE --name={name}'
 
 
 def read_meta(name):
-    """Return the content of meta.json as a dict; fail if a file of the dataset is missing."""
+    """Return the content of meta.json as a dict; fail if a file is missing, or this one damaged."""
     if missing := missing_file(name):
         fail(f'no {missing} in data/{name}: {remedy(name)}')
     path = os.path.join(DATA_DIR, name, 'meta.json')
+    kinds = {'tokenizer': dict, 'vocab_size': int, 'dtype': str, 'sha256': str, 'tokens': dict,
+             'bytes': dict}
     with one_line_errors(f'{path} is damaged ({remedy(name)}): '):
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
-        check_meta(meta)
+        for key, kind in kinds.items():
+            if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
+                raise ValueError(f'{key} is missing, or of another type')
+        for key in ('tokens', 'bytes'):
+            if any(type(meta[key].get(split)) is not int for split in SPLITS):
+                raise ValueError(f'{key} must be numbers')
+        if meta['vocab_size'] != tokenizer_size(meta['tokenizer']):
+            raise ValueError(f'vocab_size={meta["vocab_size"]} is not the size of the tokenizer')
+        if meta['dtype'] not in ('uint16', 'uint32'):
+            raise ValueError(f'dtype={meta["dtype"]} must be uint16 or uint32')
     return meta
-
-
-def check_meta(meta):
-    """Raise ValueError if this content of a meta.json lacks something or contradicts itself."""
-    kinds = {'tokenizer': dict, 'vocab_size': int, 'dtype': str, 'sha256': str, 'tokens': dict,
-             'bytes': dict}
-    if not isinstance(meta, dict):
-        raise ValueError('it is no {...}')
-    for key, kind in kinds.items():
-        if type(meta.get(key)) is not kind:
-            raise ValueError(f'{key} is missing, or of another type')
-    if meta['vocab_size'] != tokenizer_size(meta['tokenizer']):
-        raise ValueError(f'vocab_size={meta["vocab_size"]} is not the size of the tokenizer')
-    if meta['dtype'] not in ('uint16', 'uint32'):
-        raise ValueError(f'dtype={meta["dtype"]} must be uint16 or uint32')
-    for key in ('tokens', 'bytes'):
-        for split in SPLITS:
-            n = meta[key].get(split)
-            if type(n) is not int or n < 0:
-                raise ValueError(f'{key} of {split} is {n!r} instead of a number')
-
-
-def write_meta(folder, tokenizer, source, sha256, tokens, sizes):
-    """Write meta.json, which marks the dataset in folder as complete.
-
-    source: name of the origin. sha256: identifies the content. tokens, sizes: the number of tokens,
-    and of bytes of text, of each split.
-    """
-    meta = {'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size,
-            'dtype': id_dtype(tokenizer).name, 'source': source, 'sha256': sha256,
-            'tokens': tokens, 'bytes': sizes}
-    write_atomic(os.path.join(folder, 'meta.json'), [json.dumps(meta, indent=1).encode()])
-
-
-def id_dtype(tokenizer):
-    """Return the smallest dtype for the ids of a tokenizer."""
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
-
-
-def is_val(document, val_fraction):
-    """Return whether a document, given as the bytes of its text, is for validation.
-
-    Its hash decides, so the answer does not depend on the other documents.
-    """
-    digest = hashlib.sha256(document).digest()
-    return int.from_bytes(digest[:8], 'big') < val_fraction * 2**64
-
-
-def text_size(path, tokenizer, dtype='uint16'):
-    """Return the number of bytes of the text in a .bin file. End-of-text tokens have no text.
-
-    Fails if the file holds an id that is not one of the tokenizer's.
-    """
-    size, ids = tokenizer.vocab_size, range(tokenizer.vocab_size)
-    lengths = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i)) for i in ids])
-    total = 0
-    with open(path, 'rb') as f:
-        while chunk := f.read(1 << 24):
-            ids = np.frombuffer(chunk, dtype=dtype)
-            if ids.max() >= size:
-                fail(f'{path}: token id {ids.max()} is outside the vocabulary of {size:,}')
-            total += int(lengths[ids].sum())
-    return total
-
-
-# -----------------------------------------------------------------------------
-# folders that nanoGPT prepared
-
-def adopt_nanogpt_folder(name):
-    """Write the meta.json of a folder data/NAME with the train.bin and val.bin of nanoGPT."""
-    folder = os.path.join(DATA_DIR, name)
-    with one_line_errors(f'data/{name} has no meta.json, and cannot be read as one of nanoGPT: '):
-        saved = nanogpt_tokenizer(os.path.join(folder, 'meta.pkl'))
-    tokenizer, digest, tokens, sizes = tokenizer_from_dict(saved), hashlib.sha256(), {}, {}
-    for split in SPLITS:
-        path = os.path.join(folder, f'{split}.bin')
-        if os.path.getsize(path) % 2:
-            fail(f'{path}: its bytes are not a whole number of 2-byte tokens, as nanoGPT writes')
-        tokens[split] = os.path.getsize(path) // 2
-        sizes[split] = text_size(path, tokenizer)
-        digest.update(sha256_file(path).encode())
-    write_meta(folder, tokenizer, 'nanoGPT', digest.hexdigest(), tokens, sizes)
-    kind = "GPT-2's tokens" if saved['kind'] == 'gpt2' else f'{tokenizer.vocab_size} characters'
-    if torchrun('RANK', 0) == 0:
-        say(f'note: data/{name} is in the form of nanoGPT: wrote its meta.json, with {kind}')
-
-
-def nanogpt_tokenizer(path):
-    """Return the tokenizer that nanoGPT's meta.pkl describes, as to_dict of a tokenizer does.
-
-    Without this file, the ids are GPT-2's, as nanoGPT assumes. ValueError: the file is no such one.
-    """
-    if not os.path.exists(path):
-        return {'kind': 'gpt2'}
-    try:
-        with open(path, 'rb') as f:
-            meta = PlainUnpickler(f).load()
-    except Exception as e:  # a damaged pickle can raise anything
-        raise ValueError(f'its meta.pkl cannot be read: {e}')
-    stoi = meta.get('stoi') if isinstance(meta, dict) else None
-    if not isinstance(stoi, dict) or set(stoi.values()) != set(range(len(stoi))) \
-            or not all(isinstance(char, str) and len(char) == 1 for char in stoi):
-        raise ValueError('its meta.pkl has no vocabulary of single characters (stoi)')
-    return {'kind': 'char', 'chars': ''.join(sorted(stoi, key=stoi.get))}
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers. Nothing else in a pickle is run or made."""
-
-    def find_class(self, module, name):
-        raise ValueError(f'it needs {module}.{name}, and quill reads plain values only')
 
 
 # -----------------------------------------------------------------------------
 # windows of tokens
-
-def divide(micro_batches, batch_size, process):
-    """Return this rank's share of an update: (micro-batches, rows, parts).
-
-    micro_batches: the number of micro-batches of batch_size sequences in an update. If the
-    processes cannot share them evenly, groups of `parts` processes share each micro-batch, and a
-    rank computes only the range `rows` of its sequences.
-    """
-    parts = process.world_size // math.gcd(micro_batches, process.world_size)
-    if batch_size % parts:
-        fail(f'gradient_accumulation_steps={micro_batches} micro-batches of '
-             f'batch_size={batch_size} sequences cannot be divided over {process.world_size} '
-             f'processes: make one of them a multiple of {parts}')
-    group, part = divmod(process.rank, parts)
-    n, rows = micro_batches * parts // process.world_size, batch_size // parts
-    return range(group * n, (group + 1) * n), range(part * rows, (part + 1) * rows), parts
-
 
 class Tokens:
     """The token ids in a .bin file, read as windows of block_size + 1 tokens.
@@ -232,19 +118,15 @@ class Tokens:
 
     def __init__(self, path, block_size, dtype='uint16', vocab_size=2**32, n_bytes=None):
         self.path = path
-        self.n_bytes = n_bytes  # of its text
+        self.n_bytes = n_bytes  # the length of the text
         self.block_size = block_size
         self.dtype = np.dtype(dtype)
         self.vocab_size = vocab_size
-        try:
+        with one_line_errors():
             self.file = open(path, 'rb', buffering=0)
-        except OSError as e:
-            fail(f'{path}: {e.strerror}')
-        size, item = os.path.getsize(path), self.dtype.itemsize
-        if size % item:
-            fail(f'{path}: {size} bytes are not a whole number of {item}-byte tokens: '
-                 'prepare the dataset again')
-        self.n = size // item
+        self.n, rest = divmod(os.path.getsize(path), self.dtype.itemsize)
+        if rest:
+            fail(f'{path}: its bytes are not a whole number of tokens: prepare the dataset again')
         if self.n < block_size + 1:
             fail(f'{path}: {self.n} tokens are fewer than block_size + 1 = {block_size + 1}: '
                  'use a smaller --block_size')
@@ -259,27 +141,23 @@ class Tokens:
             self.file.seek(int(start) * self.dtype.itemsize)
             if self.file.readinto(row) != row.nbytes:
                 fail(f'{self.path} ends at token {start}: it was cut short while in use', code=1)
-        if ids.max() >= self.vocab_size:
-            fail(self.outside(ids.max()), code=1)
+        self.refuse_outside(ids, code=1)
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def check(self):
-        """Fail if an id is outside the vocabulary.
-
-        Checks the first 100M tokens, to start soon. read checks every token that it returns.
-        """
+        """Fail if an id is outside the vocabulary, among the first 100M tokens, to start soon."""
         chunk = 1 << 20
         self.file.seek(0)
-        for start in range(0, min(self.n, 100_000_000), chunk):
-            ids = np.frombuffer(self.file.read(chunk * self.dtype.itemsize), self.dtype)
-            if ids.max() >= self.vocab_size:
-                fail(self.outside(ids.max(), f' at position {start + ids.argmax()}'))
+        for _ in range(0, min(self.n, 100_000_000), chunk):
+            data = self.file.read(chunk * self.dtype.itemsize)
+            self.refuse_outside(np.frombuffer(data, self.dtype))
 
-    def outside(self, token, where=''):
-        """Return the error message for an id that is outside the vocabulary."""
-        return (f'{self.path}: token id {token}{where} is outside the vocabulary of '
-                f'{self.vocab_size}: prepare the dataset again')
+    def refuse_outside(self, ids, code=2):
+        """Fail with this exit code if one of the ids is outside the vocabulary."""
+        if ids.max() >= self.vocab_size:
+            fail(f'{self.path}: token id {ids.max()} is outside the vocabulary of '
+                 f'{self.vocab_size}: prepare the dataset again', code=code)
 
     def bits_per_byte(self, loss):
         """Return a loss in nats per token as bits per byte, which compares between tokenizers."""
@@ -341,3 +219,110 @@ class Tokens:
                 padding = torch.zeros(batch_size - len(idx), self.block_size, dtype=idx.dtype)
                 idx, targets = torch.cat([idx, padding]), torch.cat([targets, padding - 1])
             yield from zip(idx.split(rows), targets.split(rows))
+
+
+def divide(micro_batches, batch_size, process):
+    """Return this rank's share of an update: (micro-batches, rows, parts).
+
+    micro_batches: the number of micro-batches of batch_size sequences in an update. If the
+    processes cannot share them evenly, groups of `parts` processes share each micro-batch, and a
+    rank computes only the range `rows` of its sequences.
+    """
+    parts = process.world_size // math.gcd(micro_batches, process.world_size)
+    if batch_size % parts:
+        fail(f'gradient_accumulation_steps={micro_batches} micro-batches of '
+             f'batch_size={batch_size} sequences cannot be divided over {process.world_size} '
+             f'processes: make one of them a multiple of {parts}')
+    group, part = divmod(process.rank, parts)
+    n, rows = micro_batches * parts // process.world_size, batch_size // parts
+    return range(group * n, (group + 1) * n), range(part * rows, (part + 1) * rows), parts
+
+
+# -----------------------------------------------------------------------------
+# what preparing a dataset shares
+
+def write_meta(folder, tokenizer, source, sha256, tokens, sizes):
+    """Write meta.json, which marks the dataset in folder as complete.
+
+    source: name of the origin. sha256: identifies the content. tokens, sizes: the number of tokens,
+    and of bytes of text, of each split.
+    """
+    meta = {'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size,
+            'dtype': id_dtype(tokenizer).name, 'source': source, 'sha256': sha256,
+            'tokens': tokens, 'bytes': sizes}
+    write_atomic(os.path.join(folder, 'meta.json'), [json.dumps(meta, indent=1).encode()])
+
+
+def id_dtype(tokenizer):
+    """Return the smallest dtype for the ids of a tokenizer."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+
+
+def is_val(document, val_fraction):
+    """Return whether a document, given as the bytes of its text, is for validation.
+
+    Its hash decides, so the answer does not depend on the other documents.
+    """
+    digest = hashlib.sha256(document).digest()
+    return int.from_bytes(digest[:8], 'big') < val_fraction * 2**64
+
+
+def text_size(path, tokenizer):
+    """Return the number of bytes of the text in a .bin file of uint16, without end-of-text tokens.
+
+    Fails if the file holds an id that is not one of the tokenizer's.
+    """
+    size = tokenizer.vocab_size
+    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(size)])
+    if tokenizer.eot is not None:
+        lengths[tokenizer.eot] = 0
+    total = 0
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 24):
+            ids = np.frombuffer(chunk, dtype=np.uint16)
+            if ids.max() >= size:
+                fail(f'{path}: token id {ids.max()} is outside the vocabulary of {size:,}')
+            total += int(lengths[ids].sum())
+    return total
+
+
+# -----------------------------------------------------------------------------
+# folders that nanoGPT prepared
+
+def adopt_nanogpt_folder(name):
+    """Write the meta.json of a folder data/NAME with the train.bin and val.bin of nanoGPT."""
+    folder, digest, tokens, sizes = os.path.join(DATA_DIR, name), hashlib.sha256(), {}, {}
+    with one_line_errors(f"data/{name} has no meta.json and cannot be read as nanoGPT's: "):
+        tokenizer = nanogpt_tokenizer(os.path.join(folder, 'meta.pkl'))
+        for split in SPLITS:
+            path = os.path.join(folder, f'{split}.bin')
+            sizes[split] = text_size(path, tokenizer)
+            tokens[split] = os.path.getsize(path) // 2
+            digest.update(sha256_file(path).encode())
+    write_meta(folder, tokenizer, 'nanoGPT', digest.hexdigest(), tokens, sizes)
+    kind = "GPT-2's tokens" if tokenizer.eot else f'{tokenizer.vocab_size} characters'
+    if torchrun('RANK', 0) == 0:
+        say(f"note: data/{name} is read as nanoGPT's, with {kind}: wrote its meta.json")
+
+
+def nanogpt_tokenizer(path):
+    """Return the tokenizer of the characters in nanoGPT's meta.pkl; without this file, GPT-2's."""
+    if not os.path.exists(path):
+        return tokenizer_from_dict({'kind': 'gpt2'})
+    try:
+        with open(path, 'rb') as f:
+            meta = PlainUnpickler(f).load()
+    except Exception as e:  # a damaged pickle can raise anything
+        raise ValueError(f'its meta.pkl cannot be read: {e}')
+    stoi = meta.get('stoi') if isinstance(meta, dict) else None
+    if not isinstance(stoi, dict) or set(stoi.values()) != set(range(len(stoi))) \
+            or not all(isinstance(char, str) and len(char) == 1 for char in stoi):
+        raise ValueError('its meta.pkl has no vocabulary of single characters (stoi)')
+    return CharTokenizer(chars=''.join(sorted(stoi, key=stoi.get)))
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers. Nothing else in a pickle is run or made."""
+
+    def find_class(self, module, name):
+        raise ValueError(f'it needs {module}.{name}, and quill reads plain values only')

@@ -412,7 +412,7 @@ def opened(name, block_size=8):
 def test_a_dataset_of_nanogpt_is_ordinary_from_then_on(theirs, train_run, capsys):
     folder, text, _ = theirs
     meta, train, val = opened('theirs')
-    assert "note: data/theirs is in the form of nanoGPT" in capsys.readouterr().out
+    assert "note: data/theirs is read as nanoGPT's, with 16 characters" in capsys.readouterr().out
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     ids = np.concatenate([np.fromfile(folder / f'{s}.bin', meta['dtype'])
                           for s in ('train', 'val')])
@@ -422,27 +422,29 @@ def test_a_dataset_of_nanogpt_is_ordinary_from_then_on(theirs, train_run, capsys
     assert meta['bytes'] == {'train': len(text[:900].encode()), 'val': len(text[900:].encode())}
     saved = train_run('--dataset=theirs', '--max_iters=1')
     assert saved['tokenizer'] == meta['tokenizer'] and 'note: data/' not in capsys.readouterr().out
-    # their prepare.py, run again with another text, leaves meta.json as it was
+    # their prepare.py, run again, leaves meta.json as it was
     ids[:800].tofile(folder / 'train.bin')
     with pytest.raises(SystemExit):
         opened('theirs')
-    assert 'train.bin has 800 tokens instead of 900: if nanoGPT has written new files, remove ' \
-        'meta.json' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert 'train.bin has 800 tokens instead of 900: if nanoGPT has prepared it again, ' \
+        'remove data/theirs/meta.json' in err
     os.remove(folder / 'meta.json')
-    assert opened('theirs')[0]['tokens']['train'] == 800
+    assert opened('theirs')[1].n == 800
     os.remove(folder / 'val.bin')
     with pytest.raises(SystemExit):
         opened('theirs')
     assert 'no val.bin in data/theirs: run python data/theirs/prepare.py' in capsys.readouterr().err
 
 
-def test_gpt2s_tokens_prepared_by_nanogpt_are_read_without_a_meta_pkl(theirs, bpe, capsys):
+def test_without_a_meta_pkl_the_tokens_are_gpt2s(theirs, bpe, capsys):
     folder, text, _ = theirs
     os.remove(folder / 'meta.pkl')
     ids = GPT2Tokenizer().encode(text)
     ids.astype(np.uint16).tofile(folder / 'train.bin')
     np.append(ids, 50256).astype(np.uint16).tofile(folder / 'val.bin')
     meta, _, _ = opened('theirs')
+    assert "is read as nanoGPT's, with GPT-2's tokens" in capsys.readouterr().out
     assert meta['tokenizer'] == {'kind': 'gpt2'} and meta['source'] == 'nanoGPT'
     assert meta['bytes'] == dict.fromkeys(('train', 'val'), len(text.encode()))
     assert "wrote its meta.json, with GPT-2's tokens" in capsys.readouterr().out
@@ -463,13 +465,12 @@ class Evil:
 BAD_PICKLES = {
     'code': (lambda m: m | {'more': Evil()}, 'quill reads plain values only'),
     'numpy': (lambda m: m | {'vocab_size': np.int64(20)}, 'quill reads plain values only'),
-    'list': (lambda m: [1], 'no vocabulary'),
-    'empty': (lambda m: {}, 'no vocabulary'),
-    'size only': (lambda m: {'vocab_size': 65}, 'no vocabulary'),
+    'list': (lambda m: [1], 'no vocabulary of single characters'),
+    'empty': (lambda m: {}, 'no vocabulary of single characters'),
     'words': (lambda m: {'stoi': {'the': 0, 'a': 1}}, 'no vocabulary of single characters'),
-    'hole': (lambda m: {'stoi': {'a': 0, 'b': 2}}, 'no vocabulary'),
-    'bytes': (lambda m: {'stoi': {b'a': 0, b'b': 1}}, 'no vocabulary'),
-    'twice': (lambda m: {'stoi': {'a': 0, 'b': 0}}, 'no vocabulary'),
+    'hole': (lambda m: {'stoi': {'a': 0, 'b': 2}}, 'no vocabulary of single characters'),
+    'bytes': (lambda m: {'stoi': {b'a': 0, b'b': 1}}, 'no vocabulary of single characters'),
+    'twice': (lambda m: {'stoi': {'a': 0, 'b': 0}}, 'no vocabulary of single characters'),
     'fewer': (lambda m: {'stoi': {'a': 0, 'b': 1, 'c': 2}}, 'outside the vocabulary of 3'),
 }
 
@@ -500,23 +501,52 @@ def test_a_checkpoint_of_nanogpt_finds_its_characters_in_nanogpts_folder(theirs)
     assert checkpoint['tokenizer']['chars'] == ''.join(theirs[2]['itos'].values())
 
 
-def test_the_old_vocabulary_of_nanogpt_does_not_stay_beside_new_ids(theirs, text):
+def test_a_dataset_of_quill_is_not_taken_for_nanogpts(project, theirs, text, capsys, monkeypatch):
+    folder = theirs[0]
+    # the old vocabulary does not stay beside new ids
     build.write_dataset('theirs', str(text), 'char')
-    assert {'meta.json', 'train.bin', 'val.bin'} <= set(os.listdir(theirs[0]))
-    assert 'meta.pkl' not in os.listdir(theirs[0])
+    assert sorted(os.listdir(folder)) == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+
+    # nor do files of an interrupted preparation pass for GPT-2's tokens
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(build, 'write_meta', killed)
+    with pytest.raises(KeyboardInterrupt):
+        build.write_dataset('theirs', str(text), 'char')
+    with pytest.raises(SystemExit):
+        opened('theirs')
+    assert 'no train.bin in data/theirs' in capsys.readouterr().err
 
 
 def test_files_of_nanogpt_in_data_shakespeare_char_are_used_and_not_replaced(
         project, theirs, monkeypatch, capsys):
     folder, own = theirs[0], project / 'data' / 'shakespeare_char'
-    monkeypatch.setattr(dataset, 'write_atomic', lambda path, chunks: files.write_atomic(
-        path, chunks) if path.endswith('.json') else pytest.fail(path))
     for name in ('train.bin', 'val.bin', 'meta.pkl'):
         shutil.copy(folder / name, own)
     try:
         assert opened('shakespeare_char')[0]['tokens'] == {'train': 900, 'val': 240}
+        assert 'running' not in capsys.readouterr().out
+        assert (own / 'train.bin').read_bytes() == (folder / 'train.bin').read_bytes()
     finally:
         for name in ('train.bin', 'val.bin', 'meta.pkl', 'meta.json'):
+            os.remove(own / name)
+
+
+def test_runs_that_start_together_prepare_shakespeare_once(project, text):
+    tiny = project / 'data' / 'shakespeare' / 'tinyshakespeare.txt'
+    tiny.write_text(text.read_text())
+    own = project / 'data' / 'shakespeare_char'
+    code = ("from data.dataset import open_dataset; from configurator import Process; import torch;"
+            "open_dataset('shakespeare_char', 8, Process(torch.device('cpu'), torch.float32))")
+    runs = [subprocess.Popen([sys.executable, '-c', code], cwd=project, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    try:
+        outputs = [run.communicate(timeout=60) for run in runs]
+        assert [run.returncode for run in runs] == [0] * 3, outputs
+        assert ''.join(out for out, _ in outputs).count('running data/shakespeare_char') == 1
+    finally:
+        tiny.unlink()
+        for name in ('train.bin', 'val.bin', 'meta.json'):
             os.remove(own / name)
 
 

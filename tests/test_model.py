@@ -101,8 +101,7 @@ def test_state_dict_has_gpt2s_keys():
     dict(n_embd=33), dict(dropout=1.0), dict(activation='swish'), dict(norm='batch'),
     dict(n_layer=0), dict(softcap=-1.0), dict(n_embd=6, n_head=2, rotary=True),
     dict(half_rotary=True), dict(n_embd=36, half_rotary=True, rotary=True), dict(attn_scale=-1.0),
-    dict(zero_head=True),
-    dict(n_embd=1, n_head=1, token_shift=True), dict(n_head=2.0)])
+    dict(zero_head=True), dict(n_head=2.0)])
 def test_senseless_shapes_are_refused(bad):
     with pytest.raises(ValueError, match=list(bad)[0]):
         GPTConfig(**SMALL | bad)
