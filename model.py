@@ -5,7 +5,7 @@ GPT-2 and its modern variants: the layers, the key-value cache, and generation.
     logits, loss = model(idx, targets)
     for token in model.generate(idx, max_new_tokens=100): ...
 
-The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2). Modules and the keys of the
+The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2) with exact GELU. Modules and the keys of the
 state_dict have GPT-2's names. Shapes in comments:
 B batch, T time, C n_embd, H heads, D head_dim, V vocab, S cached positions.
 """
@@ -106,7 +106,7 @@ NORMS = {
 class Dropout(nn.Module):
     """In training, zero each element with probability p and divide the others by 1 - p.
 
-    One random byte decides about an element, so p is rounded to a multiple of 1/256. On a CPU this
+    One random byte decides each element, so p is rounded to a multiple of 1/256. On a CPU this
     is several times as fast as nn.Dropout. If `parts` processes share the rows of a micro-batch,
     each draws the mask of all rows and takes part `part`: masks do not depend on the number of
     processes.
@@ -238,7 +238,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def shift(self, part, x, cache=None):
-        """Return x (B, T, C), the input of 'attn' or 'mlp', half from the previous position."""
+        """Return x (B, T, C) with half of its channels from the previous position.
+
+        part: 'attn' or 'mlp', whose input x is; the cache keeps the two apart.
+        """
         if not self.token_shift:
             return x
         shifted, rest = x.chunk(2, dim=-1)  # (B, T, C/2)
@@ -285,7 +288,8 @@ class GPT(nn.Module):
             self.register_buffer('sin', torch.cat([-sin, sin], dim=1), persistent=False)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
-                # 2 * n_layer terms are added to the residual stream: keep the variance of their sum
+                # 2 * n_layer terms are added to the residual stream: the variance of their sum must
+            # not depend on n_layer
                 std = 0.02 / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(p, std=0.0 if config.zero_init else std)
             elif p.dim() == 2:
@@ -331,7 +335,7 @@ class GPT(nn.Module):
             x = self.transformer.ln_e(x)
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream: half the bytes in every pass
+            x = x.bfloat16()  # a residual stream of half the bytes
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:
@@ -365,8 +369,8 @@ class GPT(nn.Module):
 
         temperature 0 takes the most likely token. top_k > 0 samples from the k most likely tokens,
         top_p < 1 from the most likely ones that together reach probability top_p. Ids from
-        vocab_size on are padding and never drawn. The caller sets eval mode. After block_size
-        positions, generation goes on from the last half of them, at a constant cost per token.
+        vocab_size on are padding and never drawn. The caller sets eval mode. When
+        block_size positions are full, generation continues from the last half of them.
         """
         block_size = self.config.block_size
         new = tokens = idx[:, -block_size:]
@@ -397,7 +401,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(dim=-1)
     logits = logits / max(temperature, 1e-30)  # stays finite
     ids = None  # the id of each column of logits, if columns were selected or sorted
-    if 0 < top_k < logits.size(-1):  # what follows has only (B, top_k) numbers to process
+    if 0 < top_k < logits.size(-1):  # the code below handles only (B, top_k) numbers
         logits, ids = logits.topk(top_k)
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
@@ -420,14 +424,14 @@ def shard(model, process):
     if per_node < process.world_size:
         shape, names = (process.world_size // per_node, per_node), ('node', 'process')
     mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=names)
-    # gathered blocks stay until the end of the update, as between micro-batches
+    # keep gathered blocks until the last micro-batch's backward pass; train.update frees them
     more = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for block in model.transformer.h:
         fully_shard(block, **more)
     return fully_shard(model, **more)
 
 # -----------------------------------------------------------------------------
-# the optimizer of its matrices
+# Muon, the optimizer of the blocks' matrices
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalized updates (https://kellerjordan.github.io/posts/muon/).
@@ -504,8 +508,8 @@ def orthogonalize(x):
     def polynomial(gram):
         return 3.4445 * identity + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
 
-    # The polynomials of several steps are small matrices: to multiply them before x saves a third
-    # of the time. Not those of all five: the rounding errors of `gram` grow from step to step.
+    # Multiplying the small polynomials of several steps before x saves time for wide matrices. All
+    # five together would let the rounding errors of `gram` grow too large.
     for steps in (3, 2):
         gram = wide @ wide.mT
         product = factor = polynomial(gram)

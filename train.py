@@ -46,10 +46,10 @@ from sample import continue_text, pick_prompt
 # files
 out_dir = 'out'  # folder for checkpoints and metrics
 init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... gpt2-xl | DIR
-ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume; supplies all settings not given
+ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume; supplies the settings not given
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)
-eval_iters = 200  # batches of each split in an evaluation (at most 10 of new weights); 0: all
+eval_iters = 200  # batches per split in an evaluation; 0: all. Random weights: 10 at most
 eval_only = False  # evaluate once, write nothing and exit
 log_interval = 10  # updates between log lines
 always_save_checkpoint = False  # write model.pth at each evaluation, even if not best
@@ -91,7 +91,7 @@ muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # momentum of Muon
 max_iters = 5000  # number of updates
 train_iters = 0  # updates before this launch stops (and can be resumed); 0: no limit
-weight_decay = 0.1  # applies to matrices only
+weight_decay = 0.1  # applies to matrices only, embeddings included
 beta1 = 0.9  # decay of AdamW's mean of gradients
 beta2 = 0.95  # decay of AdamW's mean of squared gradients
 grad_clip = 1.0  # largest gradient norm; 0 disables clipping
@@ -157,7 +157,7 @@ SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SI
            if hasattr(signal, name)]  # Windows has the first two
 
 def catch_signals(process):
-    """Return a list to which SIGNALS are appended; a second Ctrl-C exits at once."""
+    """Return a list that collects the signals received; a second Ctrl-C exits at once."""
     signals, times = [], []
     # torchrun repeats the terminal's Ctrl-C, so within a second it is not a second one
     echo_s = 1 if process.world_size > 1 else 0
@@ -171,7 +171,7 @@ def catch_signals(process):
         signals.append(number)
         times.append(time.monotonic())
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it ignored
             signal.signal(number, on_signal)
     return signals
 
@@ -203,7 +203,7 @@ def main(argv=None):
     resuming = init_from == 'resume'
     resumed_at = checkpoint['iter_num'] if resuming else -1
     last_iter = max(resumed_at, min(max_iters, max(0, resumed_at) + (train_iters or max_iters)))
-    # False: a signal cut off the evaluation at this step
+    # False if a signal prevented the evaluation at this step
     evaluated = not resuming or checkpoint.get('evaluated', True)
     if resumed_at >= last_iter and evaluated and not eval_only:
         if torchrun('RANK', 0) == 0:
@@ -263,8 +263,8 @@ def main(argv=None):
             train_loss, val_loss = losses
             if not math.isfinite(train_loss + val_loss):
                 checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
-            has_trained = it > 0 or init_from not in ('scratch', 'resume')
-            is_best = has_trained and val_loss < progress.best_val_loss
+            trained_weights = it > 0 or init_from not in ('scratch', 'resume')
+            is_best = trained_weights and val_loss < progress.best_val_loss
             if is_best:
                 progress.best_val_loss = val_loss
             bits_per_byte = val_data.bits_per_byte(val_loss)
@@ -368,10 +368,10 @@ def read_settings(argv):
         saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
     apply_settings(__name__, given, saved, check=check_settings, problems=problems)
 
-    # what follows from other settings, unless the user gave it
+    # settings that depend on others, unless the user gave them
     global min_lr, parallel
     if decay_lr and min_lr > learning_rate:
-        min_lr = learning_rate / 10  # as far below as the default
+        min_lr = learning_rate / 10  # the default ratio
     alone = torchrun('WORLD_SIZE', 1) == 1
     if parallel == 'fsdp' and alone and 'parallel' not in _given:
         parallel = 'ddp'
@@ -379,7 +379,7 @@ def read_settings(argv):
     return checkpoint
 
 def check_settings():
-    """Return what is wrong with settings that LIMITS and CHOICES do not know."""
+    """Return the problems that LIMITS and CHOICES cannot express."""
     problems = []
     try:
         model_shape(vocab_size=1)
@@ -403,8 +403,8 @@ def model_shape(vocab_size):
 def check_start(checkpoint, data_id, tokenizer, process):
     """Fail if settings or data contradict the checkpoint, or if ranks disagree about its step.
 
-    checkpoint: also the weights of another model, or None. data_id: the dataset's name, sha256 and
-    numbers of tokens, as a checkpoint stores them. The content counts, not the name.
+    checkpoint: a checkpoint, the weights of another model, or None. data_id: the dataset's name,
+    sha256 and numbers of tokens, as a checkpoint stores them. The name may differ.
     """
     resuming = init_from == 'resume'
     steps = process.gather(checkpoint['iter_num'] if resuming else 0)
@@ -432,7 +432,7 @@ def check_start(checkpoint, data_id, tokenizer, process):
         if skip_batches < before.get('skip_batches', 0):
             problems.append(f'skip_batches={skip_batches} is below the {before["skip_batches"]} '
                             'that were skipped already')
-        # a checkpoint of nanoGPT has no optimizer
+        # a checkpoint of nanoGPT is loaded without its optimizer
         if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):
             problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
     if problems:
@@ -454,7 +454,7 @@ def make_model(checkpoint, tokenizer, process):
     return GPT(shape)
 
 def need_memory(shape, process):
-    """Fail if training a model of this GPTConfig can never fit into the memory of the device."""
+    """Fail if weights, gradients and optimizer of this GPTConfig exceed the device's memory."""
     c = shape
     tables = 1 if c.tie_weights else 2
     n = 12 * c.n_layer * c.n_embd**2 + (tables * c.vocab_size + c.block_size) * c.n_embd
@@ -500,8 +500,8 @@ def make_learner(model, process):
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     learner = Learner(model, model, optimizers, params, scaler, process, micro_batches, rows)
     if process.world_size > 1 and parallel == 'ddp':
-        # one all-reduce in a fixed order. DistributedDataParallel changes its buckets after its
-        # first update, so a resumed run would get other bits
+        # one all-reduce, instead of DistributedDataParallel: it regroups its buckets after the first
+        # update, so a resumed run would round differently
         sizes = [*(p.numel() for p in params), 2]
         learner.sums = torch.zeros(sum(sizes), device=process.device)
         for p, grad in zip(params, learner.sums.split(sizes)):
@@ -549,9 +549,9 @@ def compile_forward(learner):
         return
     t0 = process.clock()
     process.print('compiling ...')
-    if parallel == 'fsdp':  # what fsdp does between blocks cannot be compiled
+    if parallel == 'fsdp':  # torch.compile cannot compile FSDP's work between the blocks
         model.compile_in_parts()
-    else:  # no logits: as an output they cost memory and a gradient of zeros
+    else:  # only the loss: returned logits would cost memory and get a gradient of zeros
         learner.forward = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(len(learner.rows), block_size, dtype=torch.int64, device=process.device)
     errors = (torch._dynamo.exc.TorchDynamoException,)  # no C++ compiler, say
