@@ -5,8 +5,8 @@ GPT-2 and its modern variants: the layers, the key-value cache, and generation.
     logits, loss = model(idx, targets)
     for token in model.generate(idx, max_new_tokens=100): ...
 
-The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2) with exact GELU. Modules and the keys of the
-state_dict have GPT-2's names. Shapes in comments:
+The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2) with exact GELU. Modules and
+the keys of the state_dict have GPT-2's names. Shapes in comments:
 B batch, T time, C n_embd, H heads, D head_dim, V vocab, S cached positions.
 """
 import math

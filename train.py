@@ -500,8 +500,8 @@ def make_learner(model, process):
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     learner = Learner(model, model, optimizers, params, scaler, process, micro_batches, rows)
     if process.world_size > 1 and parallel == 'ddp':
-        # one all-reduce, instead of DistributedDataParallel: it regroups its buckets after the first
-        # update, so a resumed run would round differently
+        # one all-reduce, instead of DistributedDataParallel, which regroups its buckets after the
+        # first update: a resumed run would round differently
         sizes = [*(p.numel() for p in params), 2]
         learner.sums = torch.zeros(sum(sizes), device=process.device)
         for p, grad in zip(params, learner.sums.split(sizes)):

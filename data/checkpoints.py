@@ -133,7 +133,7 @@ def load_model(checkpoint, **changes):
         raise ValueError('its tokenizer has more tokens than its model')
     if config.n_layer > len(weights):
         raise ValueError(f'it has too few weights for n_layer={config.n_layer}')
-    if config.block_size < checkpoint['model_args']['block_size'] and not config.rotary:
+    if config.block_size < checkpoint['model_args'].get('block_size', 0) and not config.rotary:
         key = 'transformer.wpe.weight'
         weights[key] = weights[key][:config.block_size]
     model = GPT(config)
