@@ -16,14 +16,14 @@ import json
 import statistics
 import sys
 
-import torch
-
 import configurator
 import sample
 import train
 from configurator import run_main, setup
 from data.dataset import open_dataset
 from model import GPT
+
+import torch
 
 # -----------------------------------------------------------------------------
 # settings

@@ -11,10 +11,6 @@ import shutil
 import sys
 import time
 
-import numpy as np
-import torch
-from torch import nn
-
 import configurator
 from configurator import DTYPES, fail, one_line_errors, pick_device, run_main, setup
 from data.build import read_text
@@ -23,6 +19,10 @@ from data.files import cannot_write
 from data.huggingface import write_pretrained
 from data.runs import read_runs
 from data.tokenizers import CharTokenizer, tokenizer_from_dict
+
+import numpy as np
+import torch
+from torch import nn
 
 # -----------------------------------------------------------------------------
 # settings

@@ -15,30 +15,16 @@ import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
 
-import torch
-from torch import nn
-
 import configurator
-from configurator import (
-    Process,
-    apply_settings,
-    defaults_of,
-    fail,
-    one_line_errors,
-    peak_flops,
-    read_arguments,
-    run_main,
-    say,
-    settings_of,
-    setup,
-    torchrun,
-    total_memory,
-)
+from configurator import Process, fail, one_line_errors, run_main, say, setup
 from data import checkpoints, runs
 from data.dataset import divide, open_dataset
 from data.tokenizers import tokenizer_from_dict
 from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, shard
 from sample import continue_text, pick_prompt
+
+import torch
+from torch import nn
 
 # -----------------------------------------------------------------------------
 # settings; the defaults train a 10M-parameter character GPT on Shakespeare
@@ -206,7 +192,7 @@ def main(argv=None):
     # False if a signal prevented the evaluation at this step
     evaluated = not resuming or checkpoint.get('evaluated', True)
     if resumed_at >= last_iter and evaluated and not eval_only:
-        if torchrun('RANK', 0) == 0:
+        if configurator.torchrun('RANK', 0) == 0:
             say(f'nothing to do: the run is at step {resumed_at} of max_iters={max_iters}, '
                 'raise --max_iters to go on')
         return
@@ -214,7 +200,7 @@ def main(argv=None):
         device=device, dtype=dtype, compile=compile, backend=backend, seed=seed,
         deterministic=deterministic, timeout_s=timeout_s,
         micro_batches=max_iters * gradient_accumulation_steps)
-    defaults = defaults_of(__name__)
+    defaults = configurator.defaults_of(__name__)
     changed = [f'{k}={v}' for k, v in settings().items() if v != defaults[k] or k == 'out_dir']
     process.print('settings:', *changed)
 
@@ -240,7 +226,7 @@ def main(argv=None):
     metrics = runs.begin(settings(), model, resumed_at) if process.is_main else None
     signals = catch_signals(process)
     compile_forward(learner)
-    peak = peak_tflops * 1e12 or peak_flops(process)
+    peak = peak_tflops * 1e12 or configurator.peak_flops(process)
     process.print(LEGEND)
 
     # train_seconds counts updates only, without evaluation, sampling and saving
@@ -339,15 +325,15 @@ def main(argv=None):
 
 def settings():
     """Return the present settings as a dict."""
-    return settings_of(__name__)
+    return configurator.settings_of(__name__)
 
 def read_settings(argv):
     """Set the settings; return the checkpoint or the weights that the run starts from, or None.
 
     The order is: defaults, then the checkpoint's settings or the shape of the weights, then argv.
     """
-    given, problems = read_arguments(__name__, argv)
-    wanted = defaults_of(__name__) | given
+    given, problems = configurator.read_arguments(__name__, argv)
+    wanted = configurator.defaults_of(__name__) | given
     start, folder = wanted['init_from'], wanted['out_dir']
     checkpoint, saved = None, {}
     if start == 'auto':
@@ -366,13 +352,13 @@ def read_settings(argv):
         with checkpoints.usable(start):
             checkpoint = checkpoints.read_weights(start, weights=False)
         saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
-    apply_settings(__name__, given, saved, check=check_settings, problems=problems)
+    configurator.apply_settings(__name__, given, saved, check=check_settings, problems=problems)
 
     # settings that depend on others, unless the user gave them
     global min_lr, parallel
     if decay_lr and min_lr > learning_rate:
         min_lr = learning_rate / 10  # the default ratio
-    alone = torchrun('WORLD_SIZE', 1) == 1
+    alone = configurator.torchrun('WORLD_SIZE', 1) == 1
     if parallel == 'fsdp' and alone and 'parallel' not in _given:
         parallel = 'ddp'
         say('note: --parallel=ddp, because there is only one process')
@@ -461,7 +447,7 @@ def need_memory(shape, process):
     need = 16 * n  # weights, gradients and two moments of AdamW, in float32
     if parallel == 'fsdp':
         need /= process.world_size
-    have = total_memory(process.device)
+    have = configurator.total_memory(process.device)
     if need > have:
         fail(f'a model of {n / 1e6:,.0f}M parameters takes {need / 1e9:.1f} GB in training, '
              f'{process.device} has {have / 1e9:.1f} GB: use a smaller n_embd or n_layer, or '

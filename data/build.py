@@ -17,13 +17,13 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
-import numpy as np
-
 from configurator import fail, first_line, one_line_errors
 from data.bpe import PATTERN, count_pieces, to_letters, train_bpe
 from data.dataset import SPLITS, id_dtype, is_val, write_meta
 from data.files import DATA_DIR, cannot_write, replace_file, show_progress, take_turns
 from data.tokenizers import BytePairTokenizer, CharTokenizer, tokenizer_from_dict
+
+import numpy as np
 
 SAMPLE = 100_000_000  # number of characters that suffice to train a tokenizer
 MANY_DOCUMENTS = 100  # from this number on, whole documents are chosen for validation

@@ -11,15 +11,15 @@ import os
 import zipfile
 from dataclasses import fields
 
-import torch
-from torch.utils._pytree import tree_leaves, tree_map
-
 from configurator import fail, first_line, say, torchrun
 from data.dataset import complete_dataset, read_meta
 from data.files import cannot_write, replace_file
 from data.huggingface import GPT2_NAMES, read_pretrained
 from data.tokenizers import tokenizer_size
 from model import GPT, GPTConfig, Muon, is_sharded
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 VERSION = 1  # of the format
 

@@ -17,12 +17,12 @@ import math
 import os
 import pickle
 
-import numpy as np
-import torch
-
 from configurator import fail, one_line_errors, say, torchrun
 from data.files import DATA_DIR, sha256_file, show_progress, take_turns, write_atomic
 from data.tokenizers import CharTokenizer, tokenizer_from_dict, tokenizer_size
+
+import numpy as np
+import torch
 
 SPLITS = ('train', 'val')
 FIRST_USE = ('shakespeare', 'shakespeare_char')  # prepared when they are first used

@@ -13,11 +13,11 @@ import math
 import os
 from dataclasses import fields
 
-import torch
-
 from data.downloads import DownloadError, download_resumable, hub_address
 from data.files import DATA_DIR
 from data.tokenizers import HuggingFaceTokenizer, is_gpt2, recognize, write_json
+
+import torch
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # Hugging Face's names of activations, and ours

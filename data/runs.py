@@ -9,11 +9,11 @@ import pathlib
 import re
 import time
 
-import torch
-
 from configurator import HERE, fail, first_line, say
 from data.checkpoints import unchanged
 from data.files import cannot_write, lock, need_space, replace_file, write_atomic
+
+import torch
 
 RUNS_LOG = os.path.join(HERE, 'checkpoints.log')  # one out_dir a line, the latest run last
 

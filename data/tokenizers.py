@@ -12,12 +12,12 @@ import os
 import re
 import shutil
 
-import numpy as np
-
 from configurator import fail, first_line
 from data.bpe import LETTERS, PATTERN, to_bytes
 from data.downloads import DownloadError, download, fetch, pip_download
 from data.files import DATA_DIR, sha256_file
+
+import numpy as np
 
 
 class CharTokenizer:

@@ -4,15 +4,15 @@ import os
 import resource
 import shutil
 
-import pytest
-import torch
-from conftest import TINY, script
-
 import bench
 import sample
 import train
 from configurator import configure
 from model import GPT, GPTConfig
+
+import pytest
+import torch
+from conftest import TINY, script
 
 
 @pytest.fixture(autouse=True)

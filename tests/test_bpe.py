@@ -6,14 +6,14 @@ import sys
 import time
 from collections import Counter
 
+from data.bpe import BYTE_ORDER, PATTERN, count_pieces, train_bpe
+
 import pytest
 import regex
 import tiktoken
 import tokenizers
 from tiktoken_ext import openai_public
 from tokenizers import models, pre_tokenizers, trainers
-
-from data.bpe import BYTE_ORDER, PATTERN, count_pieces, train_bpe
 
 # for each script: words to make a text from, and a sentence that is not in the text
 SCRIPTS = {

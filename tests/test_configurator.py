@@ -7,11 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-import torch
-import torch.distributed as dist
-from conftest import ROOT, script
-
 import bench
 import configurator
 import data.hellaswag.evaluate as evaluate
@@ -27,6 +22,11 @@ from configurator import (
     setup,
     worth_compiling,
 )
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, script
 
 SCRIPT = '''
 # first group
@@ -364,6 +364,27 @@ def test_short_runs_and_cpus_are_not_compiled(monkeypatch):
             m.setattr(module, name, lambda *args: value)
             m.delenv('CC', raising=False)
             assert not worth_compiling('cuda', 5000)
+
+
+@pytest.mark.parametrize('given, expected', [(None, '3000'), ('7', '7')])
+@pytest.mark.parametrize('name', ['train', 'sample', 'bench', 'data.text.prepare',
+                                  'data.hellaswag.evaluate'])
+def test_the_spin_of_torchs_threads_is_set_before_torch_is_imported(
+        project, name, given, expected):
+    code = """import builtins, os, sys
+real = builtins.__import__
+def spy(name, *more):
+    if name == 'torch' and name not in sys.modules:
+        print(os.environ.get('GOMP_SPINCOUNT'))
+    return real(name, *more)
+builtins.__import__ = spy
+import """ + name
+    environment = {key: value for key, value in os.environ.items() if key != 'GOMP_SPINCOUNT'}
+    if given:
+        environment['GOMP_SPINCOUNT'] = given
+    out = subprocess.run([sys.executable, '-c', code], cwd=project, env=environment, text=True,
+                         stdout=subprocess.PIPE, check=True).stdout
+    assert out.split()[0] == expected
 
 
 # -----------------------------------------------------------------------------

@@ -21,11 +21,6 @@ import time
 import zipfile
 from dataclasses import replace
 
-import numpy as np
-import pytest
-import torch
-from conftest import script
-
 import data.fineweb.prepare as fineweb
 import data.hellaswag.evaluate as evaluate
 import data.openwebtext.prepare as openwebtext
@@ -39,6 +34,11 @@ from data.downloads import DownloadError, download, download_resumable, fetch
 from data.huggingface import read_pretrained, write_pretrained
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 from model import GPT, GPTConfig
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
 
 BODY = bytes(range(256)) * 400
 GOOD = {'sha256': hashlib.sha256(BODY).hexdigest()}

@@ -114,11 +114,6 @@ import time
 import types
 import zipfile
 
-import numpy as np
-import pytest
-import torch
-from conftest import ROOT, TINY, metrics, same_tensors, script, snapshot
-
 import sample
 import train
 from configurator import Process, configure
@@ -127,6 +122,11 @@ from data.checkpoints import read_checkpoint
 from data.dataset import Tokens
 from model import GPT
 from train import SIGNALS
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, metrics, same_tensors, script, snapshot
 
 OLD = os.path.join(ROOT, 'tests', 'data')  # files that quill wrote at commit e866279
 
@@ -1275,7 +1275,7 @@ def test_a_user_mistake_in_a_real_process_is_one_line(project, tmp_path):
 
 
 def test_a_model_that_can_never_fit_is_refused_with_its_size(fails, tmp_path, monkeypatch, text):
-    monkeypatch.setattr('train.total_memory', lambda device: 10**9)
+    monkeypatch.setattr('configurator.total_memory', lambda device: 10**9)
     # weights of the blocks, the embeddings and the head; 16 bytes each in training
     n = 12 * 2 * 2048**2 + (2 * len(set(text.read_text())) + 32) * 2048
     err = fails('--n_embd=2048', '--tie_weights=False')

@@ -5,15 +5,15 @@ import re
 import shutil
 from importlib import util
 
-import pytest
-import torch
-from test_model import make
-
 import train
 from data import dataset
 from data.huggingface import hub_cache, read_pretrained, read_safetensors, write_pretrained
 from data.tokenizers import CharTokenizer
 from model import GPT, GPTConfig
+
+import pytest
+import torch
+from test_model import make
 
 LFS = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n'
 

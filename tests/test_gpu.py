@@ -4,16 +4,16 @@ import os
 import time
 import warnings
 
-import pytest
-import torch
-from conftest import TINY, metrics, same_tensors, script
-
 import bench
 import sample
 import train
 from configurator import configure, setup
 from model import GPT, GPTConfig
 from sample import place_for_generation
+
+import pytest
+import torch
+from conftest import TINY, metrics, same_tensors, script
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,13 +2,13 @@
 import json
 import pathlib
 
-import gpu_table
-import pytest
-import torch
-
 import bench
 import train
 from configurator import configure
+
+import gpu_table
+import pytest
+import torch
 
 
 def test_the_table_has_every_figure_once_and_its_flags_exist(monkeypatch, capsys):

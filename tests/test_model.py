@@ -1,10 +1,6 @@
 """The model, its generation, and the peak FLOP/s of a device."""
 import math
 
-import pytest
-import torch
-from torch.nn import functional as F
-
 from configurator import Process, peak_flops
 from model import (
     ACTIVATIONS,
@@ -16,6 +12,10 @@ from model import (
     draw,
     rotate,
 )
+
+import pytest
+import torch
+from torch.nn import functional as F
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, token_shift=True,

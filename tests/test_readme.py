@@ -4,13 +4,13 @@ import os
 import re
 import shlex
 
-import pytest
-from conftest import ROOT
-
 import bench
 import sample
 import train
 from configurator import configure
+
+import pytest
+from conftest import ROOT
 
 
 def read(*names):

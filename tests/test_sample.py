@@ -11,11 +11,6 @@ import termios
 import textwrap
 import types
 
-import pytest
-import torch
-from conftest import ROOT, metrics, script
-from torch import nn
-
 import configurator
 import sample
 from configurator import configure
@@ -23,6 +18,11 @@ from data import runs
 from data.tokenizers import CharTokenizer
 from model import GPT, GPTConfig, KVCache
 from sample import place_for_generation, stored_linear, unescape
+
+import pytest
+import torch
+from conftest import ROOT, metrics, script
+from torch import nn
 
 CPU = torch.device('cpu')
 fbgemm = pytest.mark.skipif(not sample.FBGEMM, reason='needs FBGEMM, which is for x86')

@@ -9,17 +9,17 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import pytest
-import torch
-from conftest import made_up_text, script, snapshot
-
 import data.text.prepare as own_text
 import sample
 from configurator import configure
 from data import build, dataset, files
 from data.build import Texts, find_files
 from data.tokenizers import tokenizer_from_dict
+
+import numpy as np
+import pytest
+import torch
+from conftest import made_up_text, script, snapshot
 
 SCRIPTS = {
     'latin': 'Où est l’élève naïf ? Ça va très bien, merci.\n',

@@ -4,11 +4,6 @@ import os
 import re
 import sys
 
-import numpy as np
-import pytest
-import torch
-from conftest import TINY
-
 import data.text.prepare as own_text
 import sample
 import train
@@ -25,6 +20,11 @@ from data.tokenizers import (
     tokenizer_size,
 )
 from sample import encode_prompt
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
 
 transformers = pytest.importorskip('transformers')
 tokenizers = pytest.importorskip('tokenizers')

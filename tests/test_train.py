@@ -13,11 +13,6 @@ import sys
 import threading
 import time
 
-import numpy as np
-import pytest
-import torch
-from conftest import TINY, metrics, same_tensors, script, snapshot, unigram_entropy
-
 import model as quill_model
 import sample
 import train
@@ -26,6 +21,11 @@ from data.dataset import Tokens, divide
 from data.tokenizers import tokenizer_from_dict
 from model import GPT, GPTConfig, orthogonalize
 from train import evaluate, lr_factor, make_learner, make_optimizers, update
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, metrics, same_tensors, script, snapshot, unigram_entropy
 
 
 @pytest.fixture
@@ -694,7 +694,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(train_run, project, capsys):
 
 
 def test_an_unknown_gpu_prints_mfu_na(train_run, monkeypatch, capsys):
-    monkeypatch.setattr(train, 'peak_flops', lambda process: None)
+    monkeypatch.setattr(train.configurator, 'peak_flops', lambda process: None)
     train_run('--max_iters=1')
     assert 'mfu=n/a' in capsys.readouterr().out
 

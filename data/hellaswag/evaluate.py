@@ -12,14 +12,14 @@ import json
 import os
 import sys
 
-import torch
-from torch.nn import functional as F
-
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import DTYPES, fail, one_line_errors, run_main, setup
 from data.downloads import DownloadError, download_resumable
 from data.files import DATA_DIR
 from sample import load
+
+import torch
+from torch.nn import functional as F
 
 # -----------------------------------------------------------------------------
 # settings

@@ -17,8 +17,6 @@ import os
 import re
 import sys
 
-import torch
-
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, one_line_errors, run_main
 from data import huggingface
@@ -27,6 +25,8 @@ from data.checkpoints import checkpoint_path, read_checkpoint
 from data.files import DATA_DIR
 from data.huggingface import GPT2_NAMES
 from data.tokenizers import tokenizer_size
+
+import torch
 
 input = ''  # UTF-8 text: a file, a folder or a pattern, also of .gz and .jsonl files
 name = ''  # name of the dataset
