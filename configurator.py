@@ -30,7 +30,7 @@ from pathlib import Path
 
 # torch's threads wait for each other in a loop. By default they spin so long that other work on the
 # cores makes an update ten times slower. libgomp reads this number when torch is imported
-os.environ.setdefault('GOMP_SPINCOUNT', '3000')
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 import torch
 import torch.distributed as dist

@@ -366,7 +366,7 @@ def test_short_runs_and_cpus_are_not_compiled(monkeypatch):
             assert not worth_compiling('cuda', 5000)
 
 
-@pytest.mark.parametrize('given, expected', [(None, '3000'), ('7', '7')])
+@pytest.mark.parametrize('given, expected', [(None, '10000'), ('7', '7')])
 @pytest.mark.parametrize('name', ['train', 'sample', 'bench', 'data.text.prepare',
                                   'data.hellaswag.evaluate'])
 def test_the_spin_of_torchs_threads_is_set_before_torch_is_imported(
