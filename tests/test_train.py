@@ -333,7 +333,7 @@ def test_sample_imports_nothing_that_only_torch_compile_needs(project, train_run
     # Python prints a line on stderr for each imported module
     _, imports = script(project, 'sample.py', '--max_new_tokens=2', f'--out_dir={tmp_path / "out"}',
                         env={'PYTHONPROFILEIMPORTTIME': '1'})
-    assert imports.count('| torch\n') == 1
+    assert len(re.findall(r'\| +torch\n', imports)) == 1
     assert 'torch._dynamo' not in imports
 
 
