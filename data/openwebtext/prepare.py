@@ -61,7 +61,7 @@ def prepare_subset(folder, tokenizer):
         download_resumable(url, tar)
         write_tokens(folder, tokenize(read_documents(tar), tokenizer), tokenizer, SOURCE, name)
     except DownloadError as e:
-        fail(f'{e}: run this again to continue')
+        fail(str(e))
     except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
         os.remove(tar)
         fail(f'{tar} was damaged ({e}) and is removed: run this again to continue')
