@@ -7,7 +7,7 @@ GPT-2 and its modern variants: the layers, the key-value cache, and generation.
 
 The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2) with exact GELU. Modules and
 the keys of the state_dict have GPT-2's names. Shapes in comments:
-B batch, T time, C n_embd, H heads, D head_dim, V vocab, S cached positions.
+B batch, T time, C n_embd, H heads, D channels of a head, V vocab, S cached positions.
 """
 import math
 from dataclasses import dataclass, fields
@@ -25,14 +25,20 @@ class GPTConfig:
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
     n_layer: int = 12
     n_head: int = 12
+    n_kv_head: int = 0  # heads of keys and values, shared by several heads of queries; 0: n_head
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     n_embd: int = 768
+    n_inner: int = 0  # channels inside the MLP; 0: 4 * n_embd, for swiglu about 8/3 * n_embd
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm
     activation: str = 'gelu'  # see ACTIVATIONS
     norm: str = 'layernorm'  # see NORMS
+    norm_eps: float = 1e-5  # added to the variance
     rotary: bool = False  # rotary instead of learned positions (https://arxiv.org/abs/2104.09864)
+    rope_base: float = 10000.0  # base of the wavelengths of rotary positions
     half_rotary: bool = False  # rotate only half of the channels, base 1024 (modded-nanogpt)
-    qk_norm: bool = False  # normalize queries and keys (https://arxiv.org/abs/2302.05442)
+    # normalize queries and keys (https://arxiv.org/abs/2302.05442); RMSNorm then has weights
+    qk_norm: bool = False
     attn_scale: float = 0.0  # scale of the products of queries and keys; 0: 1 / sqrt(head_dim)
     embed_norm: bool = False  # normalize the embeddings
     token_shift: bool = False  # mix in the previous position (https://arxiv.org/abs/2305.13048)
@@ -55,22 +61,31 @@ class GPTConfig:
 
     def problems(self):
         """Yield the rules that the shape breaks."""
-        head_dim, rest = divmod(self.n_embd, self.n_head)
         multiple = 4 if self.half_rotary else 2
-        if rest:
+        if not self.head_dim and self.n_embd % self.n_head:
             yield f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}'
-        elif self.rotary and head_dim % multiple:
-            yield f'n_embd/n_head={head_dim} must be a multiple of {multiple} for rotary'
+        elif self.rotary and self.head_size % multiple:
+            yield f'head_dim={self.head_size} must be a multiple of {multiple} for rotary'
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            yield f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}'
         if self.half_rotary and not self.rotary:
             yield 'half_rotary needs rotary=True'
         if self.zero_head and self.tie_weights:
             yield 'zero_head needs tie_weights=False'
-        for key, end in ('dropout', 1), ('attn_scale', math.inf), ('softcap', math.inf):
-            if not 0 <= getattr(self, key) < end:
-                yield f'{key}={getattr(self, key)} must be at least 0 and below {end}'
+        ranges = dict(dropout=(0, 1), norm_eps=(0, 1), rope_base=(1, math.inf))
+        for key in 'n_kv_head', 'head_dim', 'n_inner', 'attn_scale', 'softcap':
+            ranges[key] = 0, math.inf
+        for key, (low, end) in ranges.items():
+            if not low <= getattr(self, key) < end:
+                yield f'{key}={getattr(self, key)} must be at least {low} and below {end}'
         for key, choices in ('activation', ACTIVATIONS), ('norm', NORMS):
             if getattr(self, key) not in choices:
                 yield f'{key}={getattr(self, key)} must be one of {", ".join(choices)}'
+
+    @property
+    def head_size(self):
+        """The number of channels D of a head."""
+        return self.head_dim or self.n_embd // self.n_head
 
 class SquaredReLU(torch.autograd.Function):
     """relu(x)**2 (https://arxiv.org/abs/2109.08668) with a backward of two operations, not five."""
@@ -85,22 +100,48 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx, dy):
         return (dy * ctx.saved_tensors[0]).mul_(2)
 
+def swiglu(x):
+    """Gate the second half of the channels with the first (https://arxiv.org/abs/2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
 ACTIVATIONS = {
     'gelu': F.gelu,  # exact
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # OpenAI's GPT-2
     'relu2': SquaredReLU.apply,
+    'swiglu': swiglu,
 }
 
+class NormalizeRMS(torch.autograd.Function):
+    """x / sqrt(mean(x**2) + eps). On a CPU, F.rms_norm takes three times as long."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = (length.square() / x.size(-1) + eps).rsqrt().to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, scale = ctx.saved_tensors
+        mean = (dy * y).mean(dim=-1, keepdim=True)
+        return torch.addcmul(dy, y, mean, value=-1).mul_(scale), None
+
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with the weight cast to the dtype of x, as LayerNorm casts its own."""
+    """RMSNorm (https://arxiv.org/abs/1910.07467), in the dtype of x."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if x.device.type == 'cpu':
+            return NormalizeRMS.apply(x, self.eps) * weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 NORMS = {
-    'layernorm': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
-    # https://arxiv.org/abs/1910.07467; on a CPU it takes five times as long as LayerNorm
-    'rmsnorm': lambda config: RMSNorm(config.n_embd, eps=1e-5),
+    'layernorm': lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+    'rmsnorm': lambda config: RMSNorm(config.n_embd, config.norm_eps),
 }
 
 class Dropout(nn.Module):
@@ -173,14 +214,20 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
-        self.n_head = self.n_kv_head = config.n_head  # heads of queries; of keys and values
-        self.head_dim = config.n_embd // config.n_head
-        self.qk_norm = config.qk_norm
+        self.n_head = config.n_head  # heads of queries
+        self.n_kv_head = config.n_kv_head or config.n_head  # heads of keys and values
+        self.head_dim = config.head_size
         self.scale = config.attn_scale or self.head_dim**-0.5
         # the queries of all heads, then the keys, then the values, as in GPT-2
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm and config.norm == 'rmsnorm':
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+        elif config.qk_norm:
+            self.q_norm = self.k_norm = nn.LayerNorm(self.head_dim, elementwise_affine=False)
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
 
@@ -193,8 +240,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
 
-        if self.qk_norm:
-            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:  # the products of queries and keys then depend on distances
             cos, sin = (table.to(q.dtype) for table in rotation)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -203,7 +249,10 @@ class CausalSelfAttention(nn.Module):
         if self.training and self.attn_dropout.threshold:
             v = v * self.attn_dropout(v.new_ones(B, self.n_kv_head, T, 1))
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, H, S+T, D)
+            k, v = cache.append(self.layer, k, v)
+        if self.n_kv_head < self.n_head:  # several heads of queries share one of keys and values
+            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, S+T, D)
+            v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
 
         by_products = q.device.type == 'cpu' and q.dtype == torch.bfloat16
         # for long sequences the attention weights would take too much memory
@@ -220,8 +269,11 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        inner, width = config.n_inner or 4 * config.n_embd, 1
+        if config.activation == 'swiglu':  # about as many parameters, in three matrices
+            inner, width = config.n_inner or 32 * max(1, round(config.n_embd / 12)), 2
+        self.c_fc = nn.Linear(config.n_embd, width * inner, bias=config.bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
@@ -277,9 +329,9 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         if config.rotary:
-            half = config.n_embd // config.n_head // 2
-            frequencies = 10000 ** (-torch.arange(half) / half)
-            if config.half_rotary:  # the second half of the pairs is not rotated
+            half = config.head_size // 2
+            frequencies = config.rope_base ** (-torch.arange(half) / half)
+            if config.half_rotary:  # the second half of the pairs is not rotated; base 1024
                 frequencies = 1024 ** -torch.linspace(0, 1, half // 2)
                 frequencies = torch.cat([frequencies, torch.zeros(half // 2)])
             angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)
@@ -289,7 +341,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 # 2 * n_layer terms are added to the residual stream: the variance of their sum must
-            # not depend on n_layer
+                # not depend on n_layer
                 std = 0.02 / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(p, std=0.0 if config.zero_init else std)
             elif p.dim() == 2:
@@ -310,7 +362,7 @@ class GPT(nn.Module):
         c, n = self.config, self.num_params()
         if not c.tie_weights:
             n -= self.transformer.wte.weight.numel()  # a lookup is not a product
-        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * n + 12 * c.n_layer * c.n_head * c.head_size * c.block_size
 
     def forward(self, idx, targets=None, cache=None):
         """Return (logits, loss) for token ids idx (B, T).
@@ -495,27 +547,32 @@ def local(tensor):
     """Return the part of a tensor that this process holds."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
-def orthogonalize(x):
-    """Return x (matrices, rows, columns) with all singular values near 1 (about 0.7 to 1.2).
+# Factors of x, x^3 and x^5 in each step. Of all polynomials of this form, they bring the singular
+# values from 0.01 to 1 closest to 1 (Polar Express, https://arxiv.org/abs/2505.16932)
+POLAR_STEPS = [(8.093, -23.620, 17.446), (3.637, -2.722, 0.537), (2.661, -1.977, 0.453)]
 
-    Five steps of Newton-Schulz iteration, with the coefficients of Muon's author. A step multiplies
-    x by a polynomial of its Gram matrix x x^T.
+def orthogonalize(x):
+    """Return x (matrices, rows, columns) with all singular values near 1.
+
+    Each of POLAR_STEPS multiplies x by a polynomial of its Gram matrix x x^T.
     """
     wide = x if x.size(-2) <= x.size(-1) else x.mT
-    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
+    wide = wide / (1.01 * torch.linalg.matrix_norm(wide, keepdim=True)).clamp(min=1e-7)
     identity = torch.eye(wide.size(-2), dtype=x.dtype, device=x.device)
 
-    def polynomial(gram):
-        return 3.4445 * identity + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    def polynomial(gram, a, b, c):
+        return a * identity + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
 
-    # Multiplying the small polynomials of several steps before x saves time for wide matrices. All
-    # five together would let the rounding errors of `gram` grow too large.
-    for steps in (3, 2):
-        gram = wide @ wide.mT
-        product = factor = polynomial(gram)
-        for _ in range(steps - 1):
-            gram = factor @ gram @ factor
-            factor = polynomial(gram)
-            product = factor @ product
-        wide = product @ wide
+    if wide.size(-2) == wide.size(-1):
+        for step in POLAR_STEPS:
+            wide = polynomial(wide @ wide.mT, *step) @ wide
+        return wide
+    # the Gram matrix is smaller than x: multiply the polynomials first
+    gram = wide @ wide.mT
+    product = factor = polynomial(gram, *POLAR_STEPS[0])
+    for step in POLAR_STEPS[1:]:
+        gram = factor @ gram @ factor
+        factor = polynomial(gram, *step)
+        product = factor @ product
+    wide = product @ wide
     return wide if x.size(-2) <= x.size(-1) else wide.mT

@@ -53,12 +53,17 @@ skip_batches = 0  # updates whose data is skipped, in all; raise it to resume pa
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
+n_kv_head = 0  # heads of keys and values, each shared by several heads of queries; 0: n_head
+head_dim = 0  # channels of a head; 0: n_embd / n_head
 n_embd = 384  # channels
+n_inner = 0  # channels inside the MLP; 0: 4 * n_embd, for swiglu about 8/3 * n_embd
 dropout = 0.0  # helps if the data is seen many times
 bias = False  # biases in Linear and LayerNorm, as in GPT-2
 activation = 'gelu'  # in the MLP
 norm = 'layernorm'  # normalization layer
+norm_eps = 1e-5  # added to the variance in a normalization
 rotary = False  # rotary instead of learned positions
+rope_base = 10000.0  # base of the wavelengths of rotary positions
 half_rotary = False  # rotate only half of the channels, with base 1024
 qk_norm = False  # normalize queries and keys
 attn_scale = 0.0  # scale of attention scores; 0: 1 / sqrt(head_dim)

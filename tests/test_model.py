@@ -21,7 +21,9 @@ SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 MODERN = dict(activation='relu2', norm='rmsnorm', rotary=True, qk_norm=True, token_shift=True,
               tie_weights=False, softcap=15.0, bias=False)
 HALF = MODERN | dict(half_rotary=True, attn_scale=0.12, embed_norm=True)
-VARIANTS = [{}, dict(bias=False), dict(activation='gelu_tanh'), MODERN, HALF]
+QWEN3 = dict(n_kv_head=1, head_dim=24, n_inner=40, activation='swiglu', norm='rmsnorm',
+             norm_eps=1e-6, rotary=True, rope_base=500.0, qk_norm=True, bias=False)
+VARIANTS = [{}, dict(bias=False), dict(activation='gelu_tanh'), MODERN, HALF, QWEN3]
 
 
 def make(**more):
@@ -99,9 +101,10 @@ def test_state_dict_has_gpt2s_keys():
 
 @pytest.mark.parametrize('bad', [
     dict(n_embd=33), dict(dropout=1.0), dict(activation='swish'), dict(norm='batch'),
-    dict(n_layer=0), dict(softcap=-1.0), dict(n_embd=6, n_head=2, rotary=True),
-    dict(half_rotary=True), dict(n_embd=36, half_rotary=True, rotary=True), dict(attn_scale=-1.0),
-    dict(zero_head=True), dict(n_head=2.0)])
+    dict(n_layer=0), dict(softcap=-1.0), dict(head_dim=3, rotary=True),
+    dict(half_rotary=True), dict(head_dim=6, half_rotary=True, rotary=True), dict(attn_scale=-1.0),
+    dict(zero_head=True), dict(n_head=2.0), dict(n_kv_head=3), dict(rope_base=0.5),
+    dict(norm_eps=-1.0), dict(n_inner=-1)])
 def test_senseless_shapes_are_refused(bad):
     with pytest.raises(ValueError, match=list(bad)[0]):
         GPTConfig(**SMALL | bad)
@@ -139,10 +142,16 @@ def test_the_modern_parts_equal_their_formulas():
     model = make(**MODERN)
     cosines = [math.cos(3 * 10000 ** (-i / 8)) for i in range(8)] * 2
     assert torch.allclose(model.cos[3], angles.new_tensor(cosines))
-    # rmsnorm, relu2, softcap
+    # rmsnorm and its gradients, relu2, softcap
     block, x = model.transformer.h[0], torch.randn(2, 3, 32)
     rms = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.ln_1.weight
     assert torch.allclose(block.ln_1(x), rms, atol=1e-5)
+    x = (0.01 * torch.randn(3, 32)).requires_grad_()  # so small that epsilon matters
+    weights = torch.randn(3, 32)
+    ours, = torch.autograd.grad((weights * block.ln_1(x)).sum(), x)
+    theirs = F.rms_norm(x, (32,), block.ln_1.weight, 1e-5)
+    assert torch.allclose(ours, torch.autograd.grad((weights * theirs).sum(), x)[0], rtol=1e-4)
+    x = torch.randn(2, 3, 32)
     h = block.mlp.c_fc(x)
     assert torch.allclose(block.mlp(x), block.mlp.c_proj(torch.where(h > 0, h * h, 0)), atol=1e-4)
     h = h.detach().double().requires_grad_()
@@ -151,6 +160,39 @@ def test_the_modern_parts_equal_their_formulas():
     plain = make(**MODERN | dict(softcap=0.0))
     idx = torch.randint(50, (1, 16))
     assert torch.allclose(model(idx)[0], 15 * torch.tanh(plain(idx)[0] / 15), atol=1e-4)
+
+
+def test_swiglu_gates_the_second_half_of_its_channels_with_the_first():
+    for more, inner in (dict(n_inner=40), 40), (dict(n_embd=384, n_head=4), 1024):
+        mlp = make(activation='swiglu', **more).transformer.h[0].mlp
+        gate, up = mlp.c_fc.weight.split(inner)
+        bias_gate, bias_up = mlp.c_fc.bias.split(inner)
+        x = torch.randn(2, 3, mlp.c_fc.in_features)
+        expected = F.silu(x @ gate.T + bias_gate) * (x @ up.T + bias_up)
+        torch.testing.assert_close(mlp(x), mlp.c_proj(expected), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_grouped_queries_equal_a_model_with_the_same_keys_and_values_for_several_heads(qk_norm):
+    shape = dict(n_head=4, n_embd=32, head_dim=12, norm='rmsnorm', rotary=True, qk_norm=qk_norm)
+    grouped, whole = make(**shape, n_kv_head=2), make(**shape)
+    weights = grouped.state_dict()
+    for key, tensor in weights.items():
+        if '.c_attn.' in key:
+            q, k, v = tensor.split([48, 24, 24])
+            k, v = (x.view(2, 12, -1).repeat_interleave(2, 0).view(48, -1) for x in (k, v))
+            weights[key] = torch.cat([q, k.view(48, *q.shape[1:]), v.view(48, *q.shape[1:])])
+    whole.load_state_dict(weights)
+    idx = torch.randint(50, (2, 16))
+    torch.testing.assert_close(grouped(idx)[0], whole(idx)[0], rtol=1e-4, atol=1e-4)
+    cache = KVCache(16)
+    grouped(idx, cache=cache)
+    assert cache.k[0].shape == (2, 2, 16, 12)  # the keys of the two heads of keys only
+
+
+def test_flops_count_the_channels_of_the_heads():
+    model = make(n_head=4, head_dim=12)
+    assert model.flops_per_token() == 6 * model.num_params() + 12 * 2 * 48 * 16
 
 
 def test_half_rotary_turns_a_quarter_of_the_pairs_with_base_1024_and_keeps_the_rest():
