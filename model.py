@@ -5,8 +5,8 @@ GPT-2 and its modern variants: the layers, the key-value cache, and generation.
     logits, loss = model(idx, targets)
     for token in model.generate(idx, max_new_tokens=100): ...
 
-The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2) with exact GELU. Modules and
-the keys of the state_dict have GPT-2's names. Shapes in comments:
+The defaults of GPTConfig give GPT-2 (https://github.com/openai/gpt-2) with exact GELU. Parameters
+have the names of Hugging Face's GPT-2. Shapes in comments:
 B batch, T time, C n_embd, H heads, D channels of a head, V vocab, S cached positions.
 """
 import math
@@ -17,35 +17,37 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+NOT_ZERO = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'rope_base')
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. ValueError says which rule the shape breaks."""
+    """The hyperparameters of a GPT. ValueError names those that do not fit."""
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
     n_layer: int = 12
     n_head: int = 12
-    n_kv_head: int = 0  # heads of keys and values, shared by several heads of queries; 0: n_head
-    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    n_kv_head: int = 0  # heads of keys and values (grouped-query attention); 0 means n_head
+    head_dim: int = 0  # channels of a head; 0 means n_embd / n_head
     n_embd: int = 768
-    n_inner: int = 0  # channels inside the MLP; 0: 4 * n_embd, for swiglu about 8/3 * n_embd
+    n_inner: int = 0  # channels inside the MLP; 0 means 4 * n_embd, or 8/3 * n_embd for swiglu
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm
     activation: str = 'gelu'  # see ACTIVATIONS
     norm: str = 'layernorm'  # see NORMS
-    norm_eps: float = 1e-5  # added to the variance
+    norm_eps: float = 1e-5  # epsilon of the norms
     rotary: bool = False  # rotary instead of learned positions (https://arxiv.org/abs/2104.09864)
     rope_base: float = 10000.0  # base of the wavelengths of rotary positions
-    half_rotary: bool = False  # rotate only half of the channels, base 1024 (modded-nanogpt)
-    # normalize queries and keys (https://arxiv.org/abs/2302.05442); RMSNorm then has weights
+    half_rotary: bool = False  # rotate half of the channels, always with base 1024 (modded-nanogpt)
+    # normalize queries and keys (https://arxiv.org/abs/2302.05442): by RMSNorm with weights if that
+    # is the norm, otherwise by LayerNorm without weights
     qk_norm: bool = False
     attn_scale: float = 0.0  # scale of the products of queries and keys; 0: 1 / sqrt(head_dim)
     embed_norm: bool = False  # normalize the embeddings
-    token_shift: bool = False  # mix in the previous position (https://arxiv.org/abs/2305.13048)
+    token_shift: bool = False  # see Block.shift (https://arxiv.org/abs/2305.13048)
     tie_weights: bool = True  # lm_head shares the matrix of wte
     zero_init: bool = False  # c_proj starts at zero, so every block starts as the identity
     zero_head: bool = False  # an untied lm_head starts at zero
-    softcap: float = 0.0  # c * tanh(logits / c); 0 disables it (https://arxiv.org/abs/2408.00118)
+    softcap: float = 0.0  # bounds the logits; 0 disables it (https://arxiv.org/abs/2408.00118)
 
     def __post_init__(self):
         kinds = {int: 'an integer', float: 'a number', bool: 'True or False', str: 'a string'}
@@ -53,14 +55,14 @@ class GPTConfig:
             value = getattr(self, f.name)
             if not isinstance(value, (f.type, int)):
                 raise ValueError(f'{f.name}={value!r} must be {kinds[f.type]}')
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, key) < 1:
-                raise ValueError(f'{key}={getattr(self, key)} must be at least 1')
+            low = 1 if f.name in NOT_ZERO else 0
+            if f.type in (int, float) and not low <= value < math.inf:
+                raise ValueError(f'{f.name}={value} must be at least {low}')
         if problems := list(self.problems()):
             raise ValueError('; '.join(problems))
 
     def problems(self):
-        """Yield the rules that the shape breaks."""
+        """Yield what does not fit together."""
         multiple = 4 if self.half_rotary else 2
         if not self.head_dim and self.n_embd % self.n_head:
             yield f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}'
@@ -72,19 +74,15 @@ class GPTConfig:
             yield 'half_rotary needs rotary=True'
         if self.zero_head and self.tie_weights:
             yield 'zero_head needs tie_weights=False'
-        ranges = dict(dropout=(0, 1), norm_eps=(0, 1), rope_base=(1, math.inf))
-        for key in 'n_kv_head', 'head_dim', 'n_inner', 'attn_scale', 'softcap':
-            ranges[key] = 0, math.inf
-        for key, (low, end) in ranges.items():
-            if not low <= getattr(self, key) < end:
-                yield f'{key}={getattr(self, key)} must be at least {low} and below {end}'
+        if self.dropout >= 1:
+            yield f'dropout={self.dropout} must be below 1'
         for key, choices in ('activation', ACTIVATIONS), ('norm', NORMS):
             if getattr(self, key) not in choices:
                 yield f'{key}={getattr(self, key)} must be one of {", ".join(choices)}'
 
     @property
     def head_size(self):
-        """The number of channels D of a head."""
+        """The channels D of a head: head_dim, or n_embd / n_head."""
         return self.head_dim or self.n_embd // self.n_head
 
 class SquaredReLU(torch.autograd.Function):
@@ -101,7 +99,7 @@ class SquaredReLU(torch.autograd.Function):
         return (dy * ctx.saved_tensors[0]).mul_(2)
 
 def swiglu(x):
-    """Gate the second half of the channels with the first (https://arxiv.org/abs/2002.05202)."""
+    """silu(first half) * second half of the channels (https://arxiv.org/abs/2002.05202)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -113,13 +111,13 @@ ACTIVATIONS = {
 }
 
 class NormalizeRMS(torch.autograd.Function):
-    """x / sqrt(mean(x**2) + eps). On a CPU, F.rms_norm takes three times as long."""
+    """x / sqrt(mean(x**2) + eps), for CPUs, on which F.rms_norm takes three times as long."""
 
     @staticmethod
     def forward(ctx, x, eps):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = (length.square() / x.size(-1) + eps).rsqrt().to(x.dtype)
+        sum_dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sum_dtype)
+        scale = (norm.square() / x.size(-1) + eps).rsqrt().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -147,10 +145,10 @@ NORMS = {
 class Dropout(nn.Module):
     """In training, zero each element with probability p and divide the others by 1 - p.
 
-    One random byte decides each element, so p is rounded to a multiple of 1/256. On a CPU this
-    is several times as fast as nn.Dropout. If `parts` processes share the rows of a micro-batch,
-    each draws the mask of all rows and takes part `part`: masks do not depend on the number of
-    processes.
+    One random byte decides each element, so p is rounded to a multiple of 1/256, above 0. On a CPU
+    this is several times as fast as nn.Dropout. If the rows of a micro-batch are divided over
+    `parts` processes, each process draws the mask of all rows and uses slice `part` of it. So the
+    mask does not depend on the number of processes.
     """
 
     def __init__(self, p):
@@ -164,7 +162,7 @@ class Dropout(nn.Module):
         n = x.numel() * self.parts
         if x.device.type == 'mps':  # its generator has no 64-bit integers
             noise = torch.randint(256, (n,), dtype=torch.uint8, device=x.device)
-        else:  # eight bytes from one 64-bit number, which costs a generator no more than one byte
+        else:  # eight bytes in a 64-bit number, which takes no longer to draw than one byte
             noise = torch.randint(-2**63, 2**63 - 1, ((n + 7) // 8,), device=x.device)
             noise = noise.view(torch.uint8)
         noise = noise[self.part * x.numel():][:x.numel()].view(x.shape)
@@ -175,7 +173,7 @@ class Dropout(nn.Module):
 class KVCache:
     """The keys and values of every layer for the positions seen so far.
 
-    The first append allocates max_length positions: 2 * n_layer tensors (B, H, max_length, D).
+    A layer's first append allocates its two tensors, (B, heads of keys, max_length, D) each.
     """
 
     def __init__(self, max_length):
@@ -195,12 +193,24 @@ class KVCache:
         self.v[layer][:, :, self.length:end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
+def rotary_tables(config):
+    """Return cos and sin for rotate(), (block_size, D) each; the first half of sin is negated."""
+    half = config.head_size // 2
+    if config.half_rotary:  # the second half of the pairs is not rotated
+        frequencies = 1024 ** -torch.linspace(0, 1, half // 2)
+        frequencies = torch.cat([frequencies, torch.zeros(half // 2)])
+    else:
+        frequencies = config.rope_base ** (-torch.arange(half) / half)
+    angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+
 def rotate(x, cos, sin):
-    """Rotate the channel pairs (i, i + D/2) of x (B, H, T, D) by angles given as (T, D) tables."""
+    """Rotate the channel pairs (i, i + D/2) of x (B, H, T, D); see rotary_tables."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 def attention_by_products(q, k, v, scale):
-    """Causal attention of q, k, v (B, H, T, D) that keeps its weights (B, H, T, T) for backward.
+    """Causal attention of q, k, v (B, H, T, D) that stores its (B, H, T, T) for backward.
 
     In bfloat16 on a CPU this takes half as long as F.scaled_dot_product_attention.
     """
@@ -227,13 +237,12 @@ class CausalSelfAttention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
         elif config.qk_norm:
-            self.q_norm = self.k_norm = nn.LayerNorm(self.head_dim, elementwise_affine=False)
+            self.q_norm = self.k_norm = nn.LayerNorm(self.head_dim, config.norm_eps, False)
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, rotation=None, cache=None):
         B, T, _ = x.shape
-        # each position asks with its queries, is found by its keys, and answers with its values
         q_size, kv_size = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         q, k, v = self.c_attn(x).split([q_size, kv_size, kv_size], dim=-1)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -241,11 +250,11 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
 
         q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:  # the products of queries and keys then depend on distances
+        if rotation is not None:  # products of queries and keys depend on distances only
             cos, sin = (table.to(q.dtype) for table in rotation)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # drop whole keys (https://arxiv.org/abs/1907.11065): dropping single weights would need
-        # the (T, T) matrix, which fused attention never forms
+        # drop the values of whole positions (https://arxiv.org/abs/1907.11065): to drop single
+        # weights needs the (T, T) matrix, which fused attention never forms
         if self.training and self.attn_dropout.threshold:
             v = v * self.attn_dropout(v.new_ones(B, self.n_kv_head, T, 1))
         if cache is not None:
@@ -254,9 +263,9 @@ class CausalSelfAttention(nn.Module):
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, S+T, D)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
 
-        by_products = q.device.type == 'cpu' and q.dtype == torch.bfloat16
-        # for long sequences the attention weights would take too much memory
-        if by_products and torch.is_grad_enabled() and cache is None and T <= 1024:
+        training_on_cpu = q.device.type == 'cpu' and cache is None and torch.is_grad_enabled()
+        # for longer sequences, the (T, T) matrices would take too much memory
+        if training_on_cpu and q.dtype == torch.bfloat16 and T <= 1024:
             y = attention_by_products(q, k, v, self.scale)
         else:
             # a single query sees all cached keys; is_causal would let it see the first one only
@@ -269,10 +278,11 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        inner, width = config.n_inner or 4 * config.n_embd, 1
-        if config.activation == 'swiglu':  # about as many parameters, in three matrices
-            inner, width = config.n_inner or 32 * max(1, round(config.n_embd / 12)), 2
-        self.c_fc = nn.Linear(config.n_embd, width * inner, bias=config.bias)
+        gated = config.activation == 'swiglu'
+        inner = config.n_inner or 4 * config.n_embd
+        if gated and not config.n_inner:  # 8/3 * n_embd gives the same number of parameters
+            inner = max(32, round(8 / 3 * config.n_embd / 32) * 32)
+        self.c_fc = nn.Linear(config.n_embd, 2 * inner if gated else inner, bias=config.bias)
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
@@ -292,7 +302,7 @@ class Block(nn.Module):
     def shift(self, part, x, cache=None):
         """Return x (B, T, C) with half of its channels from the previous position.
 
-        part: 'attn' or 'mlp', whose input x is; the cache keeps the two apart.
+        part: which part of the block x goes into, 'attn' or 'mlp'.
         """
         if not self.token_shift:
             return x
@@ -316,7 +326,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute blocks in the backward pass
+        self.activation_checkpointing = False  # True: recompute blocks in the backward pass
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
         if not config.rotary:
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
@@ -329,15 +339,9 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         if config.rotary:
-            half = config.head_size // 2
-            frequencies = config.rope_base ** (-torch.arange(half) / half)
-            if config.half_rotary:  # the second half of the pairs is not rotated; base 1024
-                frequencies = 1024 ** -torch.linspace(0, 1, half // 2)
-                frequencies = torch.cat([frequencies, torch.zeros(half // 2)])
-            angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D/2)
-            cos, sin = angles.cos(), angles.sin()
-            self.register_buffer('cos', torch.cat([cos, cos], dim=1), persistent=False)
-            self.register_buffer('sin', torch.cat([-sin, sin], dim=1), persistent=False)
+            cos, sin = rotary_tables(config)
+            self.register_buffer('cos', cos, persistent=False)
+            self.register_buffer('sin', sin, persistent=False)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 # 2 * n_layer terms are added to the residual stream: the variance of their sum must
@@ -361,7 +365,7 @@ class GPT(nn.Module):
         """Return the FLOPs of forward and backward per token (https://arxiv.org/abs/2204.02311)."""
         c, n = self.config, self.num_params()
         if not c.tie_weights:
-            n -= self.transformer.wte.weight.numel()  # a lookup is not a product
+            n -= self.transformer.wte.weight.numel()  # the embedding is only looked up
         return 6 * n + 12 * c.n_layer * c.n_head * c.head_size * c.block_size
 
     def forward(self, idx, targets=None, cache=None):
@@ -387,7 +391,7 @@ class GPT(nn.Module):
             x = self.transformer.ln_e(x)
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x = x.bfloat16()  # a residual stream of half the bytes
+            x = x.bfloat16()  # the residual stream takes half the bytes
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:
@@ -417,12 +421,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
                  vocab_size=None):
-        """Yield the next token id of each sequence (B,) after idx (B, T), max_new_tokens times.
+        """Yield max_new_tokens tensors (B,): the next token id of each sequence in idx (B, T).
 
         temperature 0 takes the most likely token. top_k > 0 samples from the k most likely tokens,
         top_p < 1 from the most likely ones that together reach probability top_p. Ids from
-        vocab_size on are padding and never drawn. The caller sets eval mode. When
-        block_size positions are full, generation continues from the last half of them.
+        vocab_size on are padding and never drawn. Call model.eval() first. When block_size
+        positions are full, generation continues from the last half of them.
         """
         block_size = self.config.block_size
         new = tokens = idx[:, -block_size:]
@@ -431,7 +435,7 @@ class GPT(nn.Module):
             if cache.length == block_size:
                 new = tokens = tokens[:, -max(1, block_size // 2):]
                 cache.length = 0
-            # cuDNN's attention plans anew for each length of the cache, which takes some 30 ms
+            # cuDNN's attention makes a new plan for each length of the cache, which takes 30 ms
             cudnn = torch.backends.cuda.cudnn_sdp_enabled()
             torch.backends.cuda.enable_cudnn_sdp(False)
             logits = self(new, cache=cache)[0][:, -1, :vocab_size].float()
@@ -451,26 +455,26 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one id per row of logits (B, V), as GPT.generate describes; return (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / max(temperature, 1e-30)  # stays finite
+    logits = logits / max(temperature, 1e-30)  # the quotient stays finite
     ids = None  # the id of each column of logits, if columns were selected or sorted
-    if 0 < top_k < logits.size(-1):  # the code below handles only (B, top_k) numbers
+    if 0 < top_k < logits.size(-1):  # from here on, top_k columns instead of V
         logits, ids = logits.topk(top_k)
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
     p = logits.softmax(dim=-1)
-    if top_p < 1:  # drop a token if the more likely ones reach top_p without it
+    if top_p < 1:  # keep a token if the more likely ones together are below top_p
         p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)
     choice = torch.multinomial(p, 1, generator=generator)
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
 
 def shard(model, process):
-    """Shard the parameters over all processes (FSDP2); a block is gathered when it is needed."""
+    """Shard the parameters over all processes (FSDP2). A block is gathered at its first use."""
     from torch.distributed.device_mesh import init_device_mesh  # here: slow to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy()
     if process.dtype != torch.float32:  # gather in bfloat16, sum gradients in float32
         policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
-    # several nodes: each holds the whole model, sharded over its processes
+    # each of several nodes holds the whole model, sharded over its processes
     per_node = max(process.gather(process.local_rank)) + 1
     shape, names = (process.world_size,), ('process',)
     if per_node < process.world_size:
@@ -488,11 +492,11 @@ def shard(model, process):
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalized updates (https://kellerjordan.github.io/posts/muon/).
 
-    Every row of an update is then scaled to the length lr: all outputs of a layer learn at the same
-    speed (Muon+, https://arxiv.org/abs/2602.21545).
+    Every row of an update is then scaled to the L2 norm lr: all outputs of a layer learn at the
+    same speed (Muon+, https://arxiv.org/abs/2602.21545).
 
-    Unlike torch.optim.Muon, it multiplies in `dtype`, orthogonalizes all matrices of one shape
-    together, divides this work over the processes, and accepts sharded matrices.
+    Unlike torch.optim.Muon, it multiplies matrices in `dtype`, orthogonalizes all matrices of one
+    shape together, divides this work over the processes, and accepts sharded matrices.
     """
 
     def __init__(self, params, lr, momentum, weight_decay, dtype, process):
@@ -518,9 +522,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, steps.unbind(), alpha=-group['lr'])
 
     def orthogonalize_together(self, x, like):
-        """Return x (matrices, rows, columns) orthogonalized; each process does a share of them.
+        """Return x (matrices, rows, columns) orthogonalized. The processes divide the matrices.
 
-        like: a parameter. If it is sharded, x and the result are this process's rows.
+        like: a parameter. If it is sharded, x and the result have this process's rows only.
         """
         if is_sharded(like):
             from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -547,12 +551,12 @@ def local(tensor):
     """Return the part of a tensor that this process holds."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
-# Factors of x, x^3 and x^5 in each step. Of all polynomials of this form, they bring the singular
-# values from 0.01 to 1 closest to 1 (Polar Express, https://arxiv.org/abs/2505.16932)
+# Coefficients (a, b, c) of a x + b x^3 + c x^5 in each step. They have the smallest largest error
+# |s - 1| over singular values s between 0.01 and 1 (Polar Express, https://arxiv.org/abs/2505.16932)
 POLAR_STEPS = [(8.093, -23.620, 17.446), (3.637, -2.722, 0.537), (2.661, -1.977, 0.453)]
 
 def orthogonalize(x):
-    """Return x (matrices, rows, columns) with all singular values near 1.
+    """Return x (matrices, rows, columns) with its singular values near 1 (from 0.7 to 1.3).
 
     Each of POLAR_STEPS multiplies x by a polynomial of its Gram matrix x x^T.
     """
@@ -567,7 +571,7 @@ def orthogonalize(x):
         for step in POLAR_STEPS:
             wide = polynomial(wide @ wide.mT, *step) @ wide
         return wide
-    # the Gram matrix is smaller than x: multiply the polynomials first
+    # the Gram matrix is smaller than x, so x is multiplied only once, at the end
     gram = wide @ wide.mT
     product = factor = polynomial(gram, *POLAR_STEPS[0])
     for step in POLAR_STEPS[1:]:
