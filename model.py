@@ -552,7 +552,7 @@ def local(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 # Coefficients (a, b, c) of a x + b x^3 + c x^5 in each step. They have the smallest largest error
-# |s - 1| over singular values s between 0.01 and 1 (Polar Express, https://arxiv.org/abs/2505.16932)
+# |s - 1| of singular values s between 0.01 and 1 (Polar Express, https://arxiv.org/abs/2505.16932)
 POLAR_STEPS = [(8.093, -23.620, 17.446), (3.637, -2.722, 0.537), (2.661, -1.977, 0.453)]
 
 def orthogonalize(x):
