@@ -1,9 +1,9 @@
 # The recipe of modded-nanogpt's train_gpt_simple.py: val loss 3.28 on FineWeb after 1.7B tokens
 #     python data/fineweb/prepare.py --shards=18
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2_fineweb.py
-# That loss is modded-nanogpt's. Never run here: no GPU was available. What differs: Muon takes 5
-# steps, not 12, and gives all rows one length; softcap is a tanh; queries and keys have LayerNorm,
-# not RMSNorm; the output matrix has no bias and decays like the matrices of the blocks.
+# That loss is modded-nanogpt's. Never run here: no GPU was available. What differs: Muon takes 3
+# steps, not 12, and gives all rows one length; softcap is a tanh; the norms of queries and keys
+# have weights; the output matrix has no bias and decays like the matrices of the blocks.
 # Estimated GPU memory: 22 GB for a compiled update, more than twice as much for an eager one.
 out_dir = 'out-gpt2-fineweb'
 dataset = 'fineweb'
