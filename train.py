@@ -337,7 +337,7 @@ def read_settings(argv):
 
     The order is: defaults, then the checkpoint's settings or the shape of the weights, then argv.
     """
-    given, problems = configurator.read_arguments(__name__, argv)
+    given = configurator.read_arguments(__name__, argv)
     wanted = configurator.defaults_of(__name__) | given
     start, folder = wanted['init_from'], wanted['out_dir']
     checkpoint, saved = None, {}
@@ -352,12 +352,12 @@ def read_settings(argv):
         saved = checkpoint['config'] | checkpoint['model_args']
         saved = {k: v for k, v in saved.items() if k not in NOT_RESUMED}
     elif wanted['skip_batches'] or wanted['ckpt'] != 'ckpt.pt':
-        problems.append('--skip_batches and --ckpt are for --init_from=resume')
+        fail('--skip_batches and --ckpt are for --init_from=resume')
     elif start != 'scratch':
         with checkpoints.usable(start):
             checkpoint = checkpoints.read_weights(start, weights=False)
         saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
-    configurator.apply_settings(__name__, given, saved, check=check_settings, problems=problems)
+    configurator.apply_settings(__name__, given, saved, check=check_settings)
 
     # settings that depend on others, unless the user gave them
     global min_lr, parallel

@@ -3,9 +3,10 @@ import importlib.util
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 
 import bench
 import configurator
@@ -20,7 +21,6 @@ from configurator import (
     read_arguments,
     run_main,
     setup,
-    worth_compiling,
 )
 
 import pytest
@@ -58,8 +58,7 @@ def make_module(name, folder, source, monkeypatch):
 
 def apply(name, argv, saved):
     """Set the settings as a script does that starts from a checkpoint."""
-    given, problems = read_arguments(name, argv)
-    return apply_settings(name, given, saved, problems=problems)
+    return apply_settings(name, read_arguments(name, argv), saved)
 
 
 def fails(capsys, function, *args, code=2, **kwargs):
@@ -83,33 +82,48 @@ def fails(capsys, function, *args, code=2, **kwargs):
     ('--name=a=b', 'name', 'a=b'), ('--name=5', 'name', '5'), ('--name=None', 'name', 'None'),
     ('--name=', 'name', ''), ('--name=True', 'name', 'True'), ('--name=true', 'name', 'true'),
     ('--mode=False', 'mode', False), ('--mode=true', 'mode', True),
-    ('--mode=fast', 'mode', 'fast')])
+    ('--mode=fast', 'mode', 'fast'), ('--mode', 'mode', True), ('--flag', 'flag', True),
+    ('--width 8', 'width', 8), ('--rate -1e-3', 'rate', -1e-3), ('--flag true', 'flag', True),
+    ('--flag False', 'flag', False), ('--name c.py', 'name', 'c.py')])
 def test_values_take_the_type_of_the_default(namespace, argument, key, value):
-    config = configure('script', [argument])
+    namespace.flag = not value if key == 'flag' else False
+    config = configure('script', argument.split(' '))
     assert config[key] == value and type(config[key]) is type(value)
     assert getattr(namespace, key) == value
 
 
+def test_a_value_may_follow_its_key_and_a_flag_alone_is_true(namespace, tmp_path):
+    (tmp_path / 'c.py').write_text('rate = 3\n')
+    for flag in (['--flag'], ['--flag=true'], ['--flag', 'TRUE']):
+        config = configure('script', ['--width', '8', *flag, str(tmp_path / 'c.py'),
+                                      '--name', '', '--mode=a', '--width', '9'])
+        assert config == {'width': 9, 'rate': 3.0, 'name': '', 'flag': True, 'mode': 'a'}
+
+
 @pytest.mark.parametrize('argument, words', [
     ('--width=1.5', ' must be an integer'), ('--width=True', ' must be an integer'),
-    ('--width=inf', ' must be an integer'), ('--width=1e30', ' must be an integer'),
-    ('--width=' + '1' * 400, ' must be an integer'), ('--width=', ' must be an integer'),
+    ('--width=inf', ' must be an integer'), ('--width=', ' must be an integer'),
     ('--rate=fast', ' must be a number'), ('--flag=1', 'must be True or False'),
-    ('--widht=3', "did you mean 'width'"), ('--width', '--key=value'),
-    ('-width=3', '--key=value'), ('nowhere.py', "'nowhere.py'")])
+    ('--widht=3', "did you mean 'width'"), ('--widht 3', "did you mean 'width'"),
+    ('--width', 'width=True must be an integer'), ('--name', 'name=True must be a string'),
+    ('--width --flag', 'width=True must be an integer'), ('--flag 1', "'1' is not --key=value"),
+    ('-width=3', '--key=value'), ('nowhere.py', "'nowhere.py'"),
+    ('train_shakespear_char', "did you mean 'train_shakespeare_char.py'"),
+    ('a/folder/of/my/own/train_gpt.py', "did you mean 'train_gpt2.py'")])
 def test_a_mistake_ends_with_exit_code_2_and_one_line(namespace, capsys, argument, words):
-    line, = fails(capsys, configure, 'script', [argument])
+    line, = fails(capsys, configure, 'script', argument.split(' '))
     assert words in line
     assert namespace.width == 4
 
 
-def test_all_problems_are_reported_together(namespace, capsys, tmp_path):
-    (tmp_path / 'c.py').write_text('widht = 5\nrate = "x"\n')
-    arguments = [str(tmp_path / 'c.py'), '--flag=2', '--nmae=z', '--width=0']
-    namespace.LIMITS = dict(width=(1, 9))
+def test_values_that_are_not_allowed_are_reported_together(namespace, capsys, tmp_path):
+    (tmp_path / 'c.py').write_text('rate = -2\n')
+    namespace.LIMITS = dict(width=(1, 9), rate=(0, 1))
+    namespace.CHOICES = dict(name=('x', 'y'))
+    arguments = [str(tmp_path / 'c.py'), '--name=z', '--width=0']
     lines = fails(capsys, configure, 'script', arguments, check=lambda: ['one more'])
-    assert len(lines) == 6
-    for words in ('widht', 'rate', 'flag', 'nmae', 'width=0', 'one more'):
+    assert len(lines) == 4
+    for words in ('rate=-2', 'name=z', 'width=0', 'one more'):
         assert any(words in line for line in lines), words
 
 
@@ -140,17 +154,29 @@ def test_a_config_file_lies_where_the_user_stands_or_beside_the_scripts(namespac
     configure('train', [])
 
 
-def test_an_error_in_a_config_file_names_file_and_line(namespace, capsys, tmp_path):
-    path = tmp_path / 'bad.py'
-    for source, words in (
-            (b'width = 3\nrate = 1/0\n', 'bad.py, line 2: ZeroDivisionError'),
-            (b'\n\nwidth = (\n', 'bad.py, line 3: SyntaxError'),
-            (b'raise SystemExit', 'bad.py, line 1: SystemExit'),
-            (b'# caf\xe9', 'UnicodeDecodeError'), (b'width = 3\0', 'null bytes'),
-            (b'rate = 10**400', ' must be a number')):
-        path.write_bytes(source)
-        line, = fails(capsys, configure, 'script', [str(path)])
-        assert words in line and 'bad.py' in line and 'line None' not in line
+@pytest.mark.parametrize('source, words', [
+    ('\nrate = "x"\n', "c.py, rate='x' must be a number"),
+    ('\nwidth: 3\nrate = 1\n', 'c.py, line 2 assigns nothing: write key = value'),
+    ('rate = 1\nwidth == 3\n', 'c.py, line 2 assigns nothing: write key = value')])
+def test_a_mistake_in_a_config_file_is_one_line(namespace, capsys, tmp_path, source, words):
+    (tmp_path / 'c.py').write_text(source)
+    line, = fails(capsys, configure, 'script', [str(tmp_path / 'c.py')])
+    assert words in line and namespace.width == 4
+
+
+def test_an_annotation_with_a_value_is_an_assignment(namespace, tmp_path):
+    (tmp_path / 'c.py').write_text('width: int = 3\n')
+    assert configure('script', [str(tmp_path / 'c.py')])['width'] == 3
+
+
+@pytest.mark.parametrize('source, words', [
+    (b'width = 3\nrate = 1/0\n', 'c.py", line 2, in <module>\n    rate = 1/0'),
+    (b'\n\nwidth = (\n', 'c.py", line 3\n    width = ('), (b'name = "caf\xe9"', 'c.py", line 1')])
+def test_a_fault_in_a_config_file_keeps_its_traceback(namespace, tmp_path, source, words):
+    (tmp_path / 'c.py').write_bytes(source)
+    with pytest.raises((ZeroDivisionError, SyntaxError)) as e:
+        configure('script', [str(tmp_path / 'c.py')])
+    assert words in ''.join(traceback.format_exception(e.value))
 
 
 @pytest.mark.parametrize('argument, allowed', [
@@ -258,67 +284,69 @@ def test_what_no_machine_can_do_is_refused(capsys, module, argument, words):
 # -----------------------------------------------------------------------------
 # what the machine offers
 
-def test_device_precedence(monkeypatch):
+@pytest.fixture
+def devices(monkeypatch):
+    """Pretend that this machine has two GPUs of NVIDIA and one of Apple; return their names."""
+    names = ['cuda:0', 'cuda:1', 'mps', 'cpu']
+
+    def empty(size, device):
+        if device not in names:
+            raise RuntimeError(f'CUDA error: invalid device {device}\nmore')
     monkeypatch.delenv('TORCH_DEVICE', raising=False)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    assert pick_device('auto') == torch.device('mps')
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: 'cuda:0' in names)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: 'mps' in names)
+    monkeypatch.setattr(torch, 'empty', empty)
+    return names
+
+
+def test_device_precedence(devices, monkeypatch):
     assert pick_device('auto') == torch.device('cuda:0')
     assert pick_device('auto', local_rank=1) == torch.device('cuda:1')
     assert pick_device('cuda:1') == torch.device('cuda:1')
     monkeypatch.setenv('TORCH_DEVICE', 'mps')
     assert pick_device('auto') == torch.device('mps')
     assert pick_device('cpu') == torch.device('cpu')
+    monkeypatch.setenv('TORCH_DEVICE', '')
+    del devices[:2]
+    assert pick_device('auto') == torch.device('mps')
+    del devices[:1]
+    assert pick_device('auto', local_rank=1) == torch.device('cpu')
 
 
-@pytest.mark.parametrize('settings, words', [
-    (dict(device='tpu'), 'device is one of'), (dict(device='cuda:x'), 'device is one of'),
-    (dict(device=''), 'device is one of'), (dict(device='cuda'), '--device=cpu'),
-    (dict(device='mps'), '--device=cpu'),
-    (dict(device='cpu', backend='nccl'), '--backend=gloo')])
-def test_setup_refuses_what_it_cannot_do(monkeypatch, capsys, settings, words):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    if 'backend' in settings:  # a single process needs none
-        for name in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT'):
-            monkeypatch.setenv(name, '2')
-    line, = fails(capsys, setup, **settings)
-    assert words in line
-
-
-def test_without_torchs_private_functions_a_timing_tells_whether_bfloat16_is_fast(monkeypatch):
-    for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
-        monkeypatch.delattr(torch.cpu, name)
-    for fastest in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: dtype == fastest)
-        answer = configurator.cpu_multiplies_bfloat16.__wrapped__()
-        assert answer == (fastest == torch.bfloat16)
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+def test_a_gpu_that_is_not_there_is_refused(devices, capsys):
     for device, local_rank in (('cuda:2', 0), ('cuda', 2), ('auto', 2)):
         line, = fails(capsys, pick_device, device, local_rank)
-        assert 'has 2 CUDA device' in line
-    monkeypatch.setenv('WORLD_SIZE', '2')  # every process needs a GPU of its own
-    line, = fails(capsys, pick_device, 'cuda:1')
-    assert 'cuda:1 is for one process' in line
+        assert 'use --device=cpu, or fewer processes: CUDA error: invalid device cuda:2' in line
 
 
-@pytest.mark.parametrize('amx, bf16, ratio, expected', [
-    (False, False, 0.5, 'float32'), (True, False, 2, 'bfloat16'),
-    (False, True, 0.5, 'bfloat16'), (False, True, 2, 'float32')])
-def test_dtype_auto_is_bfloat16_if_the_cpu_is_fast_at_it(monkeypatch, capsys, amx, bf16, ratio,
-                                                         expected):
-    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
-    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
-    flops = {torch.float32: 1, torch.bfloat16: 1 / ratio}
-    monkeypatch.setattr(configurator, 'product_flops', lambda n, dtype: flops[dtype])
-    monkeypatch.setattr(configurator, 'cpu_multiplies_bfloat16',
-                        configurator.cpu_multiplies_bfloat16.__wrapped__)
+@pytest.mark.parametrize('device', ['tpu', 'cuda:x', '', 'cuda', 'cuda:7', 'mps'])
+def test_torch_says_why_a_device_is_refused(capsys, device):
+    if device.startswith('cuda') and torch.cuda.is_available():
+        pytest.skip('needs a machine without a GPU')
+    line, = fails(capsys, pick_device, device)
+    assert f'device={device}: use --device=cpu' in line
+
+
+def pretend(monkeypatch, files):
+    """Let Path.read_text find these files only; files: a dict of paths and contents."""
+    def read_text(path, *arguments, **more):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+    monkeypatch.setattr(Path, 'read_text', read_text)
+
+
+@pytest.mark.parametrize('vendor, flags, expected', [
+    ('AuthenticAMD', 'fma avx512f avx512_bf16', 'bfloat16'),  # Zen 4, Zen 5
+    ('AuthenticAMD', 'fma avx2', 'float32'),  # Zen 2
+    ('GenuineIntel', 'avx512f avx512_bf16 amx_bf16 amx_tile', 'bfloat16'),  # Sapphire Rapids
+    ('GenuineIntel', 'avx512f avx512_bf16', 'float32'),  # Cooper Lake
+    ('GenuineIntel', 'avx512f', 'float32'),
+    (None, '', 'float32')])  # not Linux
+def test_dtype_auto_on_a_cpu_depends_on_the_processor_alone(monkeypatch, capsys, vendor, flags,
+                                                            expected):
+    cpuinfo = f'processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags} last\n' * 2
+    pretend(monkeypatch, {'/proc/cpuinfo': cpuinfo} if vendor else {})
     process = setup(device='cpu')
     assert process.dtype == getattr(torch, expected)
     assert f'dtype={expected}' in capsys.readouterr().out
@@ -329,8 +357,8 @@ def test_dtype_auto_is_bfloat16_if_the_cpu_is_fast_at_it(monkeypatch, capsys, am
 def test_all_ranks_compute_in_the_dtype_that_rank_0_has_chosen(project):
     path = project / 'choose_dtype.py'
     path.write_text("import os, torch, configurator\n"
-                    "torch.cpu._is_amx_tile_supported = lambda: os.environ['RANK'] == '0'\n"
-                    "torch.cpu._is_avx512_bf16_supported = lambda: False\n"
+                    "fast = os.environ['RANK'] == '0'\n"
+                    "configurator.cpu_multiplies_bfloat16 = lambda: fast\n"
                     "process = configurator.setup(device='cpu')\n"
                     "with open(f'dtype{process.rank}.txt', 'w') as f:\n"
                     "    f.write(str(process.dtype))\n"
@@ -338,6 +366,56 @@ def test_all_ranks_compute_in_the_dtype_that_rank_0_has_chosen(project):
     script(project, path.name, nproc=2)
     dtypes = [(project / f'dtype{rank}.txt').read_text() for rank in (0, 1)]
     assert dtypes == ['torch.bfloat16'] * 2
+
+
+V1, V2 = '5:cpu,cpuacct:/a/b\n4:memory:/a/b\n1:name=systemd:/\n', '0::/a/b\n'
+
+
+@pytest.mark.parametrize('groups, files, cores, memory', [
+    ('', {}, 4, 2**50),
+    (V2, {}, 4, 2**50),
+    (V2, {'a/b/cpu.max': 'max 100000\n', 'a/b/memory.max': 'max\n'}, 4, 2**50),
+    (V2, {'a/b/cpu.max': '50000 100000\n', 'a/b/memory.max': '1000\n'}, 1, 1000),
+    (V2, {'a/b/cpu.max': '150000 100000\n'}, 2, 2**50),
+    (V2, {'a/b/cpu.max': '900000 100000\n', 'a/b/memory.max': f'{2**60}\n'}, 4, 2**50),
+    # a parent's limit counts, and a container sees its own group as the root
+    (V2, {'a/b/cpu.max': '400000 100000\n', 'a/cpu.max': '300000 100000\n',
+          'a/b/memory.max': 'max\n', 'a/memory.max': '500\n'}, 3, 500),
+    (V2, {'cpu.max': '200000 100000\n', 'memory.max': '700\n'}, 2, 700),
+    (V1, {'cpu,cpuacct/a/b/cpu.cfs_quota_us': '-1\n',
+          'cpu,cpuacct/a/b/cpu.cfs_period_us': '100000\n',
+          'memory/a/b/memory.limit_in_bytes': '9223372036854771712\n'}, 4, 2**50),
+    (V1, {'cpu,cpuacct/a/b/cpu.cfs_quota_us': '50000\n',
+          'cpu,cpuacct/a/b/cpu.cfs_period_us': '100000\n',
+          'memory/a/memory.limit_in_bytes': '3000\n'}, 1, 3000),
+    (V1, {'cpu,cpuacct/cpu.cfs_quota_us': '20000\n', 'cpu,cpuacct/cpu.cfs_period_us': '10000\n',
+          'memory/memory.limit_in_bytes': '4000\n'}, 2, 4000)])
+def test_a_containers_limits_are_the_machines(monkeypatch, groups, files, cores, memory):
+    files = {f'/sys/fs/cgroup/{name}': text for name, text in files.items()}
+    pretend(monkeypatch, files | {'/proc/self/cgroup': groups})
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(os, 'sysconf', lambda name: 2**40 if 'PAGES' in name else 2**10)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 8)
+    chosen = []
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    configurator.share_cores(1)
+    assert chosen == [cores]
+    assert configurator.total_memory(torch.device('cpu')) == memory
+
+
+@pytest.mark.parametrize('omp, processes, default, threads', [
+    ('', 1, 8, 3), ('', 1, 2, None),  # torch may use fewer by default, one per physical core
+    ('6', 1, 6, None), ('1', 1, 1, None), ('6', 2, 6, None),  # the user's choice
+    ('1', 2, 1, 1), ('1', 3, 1, 1), ('1', 8, 1, 1)])  # torchrun's
+def test_threads_are_shared_unless_the_user_chose(monkeypatch, omp, processes, default, threads):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: default)
+    chosen = []
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    monkeypatch.setenv('OMP_NUM_THREADS', omp)
+    configurator.share_cores(processes)
+    assert chosen == ([threads] if threads else [])
 
 
 def test_random_streams_depend_on_seed_stream_and_index_alone():
@@ -350,20 +428,18 @@ def test_random_streams_depend_on_seed_stream_and_index_alone():
     assert len(seeds) == 12
 
 
-def test_short_runs_and_cpus_are_not_compiled(monkeypatch):
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (8, 0))
-    monkeypatch.setattr(shutil, 'which', lambda name: f'/usr/bin/{name}')
-    assert worth_compiling('cuda', 5000) and not worth_compiling('cuda', 500)
-    assert not worth_compiling('cpu', 10**9) and not worth_compiling('mps', 10**9)
-    for module, name, value in (
-            (importlib.util, 'find_spec', None),  # without triton
-            (torch.cuda, 'get_device_capability', (6, 1)),  # with a GPU that triton does not know
-            (shutil, 'which', None)):  # without a C compiler
-        with monkeypatch.context() as m:
-            m.setattr(module, name, lambda *args: value)
-            m.delenv('CC', raising=False)
-            assert not worth_compiling('cuda', 5000)
+@pytest.mark.parametrize('device, micro_batches, triton, compiled', [
+    ('cuda', 5000, True, True), ('cuda', 500, True, False), ('cuda', 5000, False, False),
+    ('cpu', 10**9, True, False)])
+def test_only_long_runs_on_a_gpu_are_compiled(monkeypatch, device, micro_batches, triton,
+                                              compiled):
+    monkeypatch.setattr(configurator, 'pick_device', lambda *_: torch.device(device))
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda _: None)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'a GPU')
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: triton or None)
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda _: None)
+    process = setup(dtype='float32', compile='auto', micro_batches=micro_batches)
+    assert process.compile is compiled
 
 
 @pytest.mark.parametrize('given, expected', [(None, '10000'), ('7', '7')])
@@ -426,7 +502,8 @@ def test_faults_of_the_code_keep_their_traceback_and_exits_their_code(capsys):
 
 def run_python(project, main, **environment):
     """Run main(), given as its body, under run_main in a process of its own; return the Popen."""
-    environment['PYTHONUNBUFFERED'] = ''  # a pipe gets its data at the end, or in large blocks
+    # by default, a pipe gets its data at the end, or in large blocks
+    environment.setdefault('PYTHONUNBUFFERED', '')
     code = f'import atexit, os, signal, configurator\ndef main():\n    {main}\n' \
            'configurator.run_main(main)'
     return subprocess.Popen([sys.executable, '-c', code], cwd=project, text=True,
@@ -450,6 +527,34 @@ def test_help_to_a_reader_that_leaves_is_no_error(project, name):
     assert process.stderr.read() == '' and process.wait(60) == 0
 
 
+def test_a_broken_pipe_of_another_program_is_a_fault(project):
+    main = 'print("first"); raise BrokenPipeError("of a side service")'
+    process = run_python(project, main, PYTHONUNBUFFERED='1')
+    out, err = process.communicate(timeout=60)
+    assert out.startswith('first\n') and 'BrokenPipeError: of a side service' in err
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize('main, code, words', [
+    ('print("lost"); configurator.say("lost")', 0, ''),
+    # a file must not take the number of the closed output
+    ('assert os.open(os.devnull, os.O_RDONLY) > 2; configurator.fail("a mistake")', 2,
+     'error: a mistake\n')])
+def test_a_closed_output_is_no_fault(project, main, code, words):
+    source = f'import os, configurator\ndef main():\n    {main}\nconfigurator.run_main(main)'
+    done = subprocess.run(['sh', '-c', '"$0" -c "$1" <&- >&-', sys.executable, source],
+                          cwd=project, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, words)
+
+
+def test_ctrl_c_during_the_import_of_torch_is_one_line(project, tmp_path):
+    (tmp_path / 'torch.py').write_text('raise KeyboardInterrupt')
+    for name in ('train.py', 'sample.py', 'data/text/prepare.py'):
+        # the folder of the script comes before PYTHONPATH, and quill has no torch.py
+        out, err = script(project, name, code=130, env={'PYTHONPATH': str(tmp_path)})
+        assert (out, err) == ('', 'error: interrupted\n')
+
+
 def test_ctrl_c_ends_a_process_in_one_line(project):
     process = run_python(project, 'os.kill(os.getpid(), signal.SIGINT)')
     assert process.communicate(timeout=60) == ('', 'error: interrupted\n')
@@ -461,14 +566,6 @@ def test_one_of_several_processes_writes_all_and_keeps_its_exit_code(project):
     process = run_python(project, main, WORLD_SIZE='2', RANK='0')
     assert process.communicate(timeout=60) == ('first\nlast\n', '')
     assert process.returncode == 3
-
-
-def test_numpys_numbers_in_a_config_file_are_numbers(namespace, tmp_path):
-    (tmp_path / 'c.py').write_text('import numpy as np\nrate = np.sqrt(1e-6)\n'
-                                   'width = np.int64(8)\n')
-    config = configure('script', [str(tmp_path / 'c.py')])
-    assert config['rate'] == pytest.approx(1e-3) and type(config['rate']) is float
-    assert config['width'] == 8 and type(config['width']) is int
 
 
 def test_another_package_called_data_is_not_imported(project, tmp_path):
@@ -486,8 +583,8 @@ def test_only_close_names_are_suggested(namespace, capsys):
 
 
 @pytest.mark.parametrize('argument, words', [
-    ('{0}/code.txt', 'code.txt'), ('{0}/c.yaml', 'c.yaml'), ('--width', '--width'),
-    ('-width=3', '-width=3'), ('width=3', 'width=3'), ('--=3', '--=3'), ('{0}', '{0}')])
+    ('{0}/code.txt', 'code.txt'), ('{0}/c.yaml', 'c.yaml'), ('-width=3', '-width=3'),
+    ('width=3', 'width=3'), ('{0}', '{0}')])
 def test_no_config_file_runs_if_an_argument_has_no_form(namespace, capsys, tmp_path, argument,
                                                         words):
     for name in ('c.py', 'code.txt', 'c.yaml'):
@@ -498,23 +595,37 @@ def test_no_config_file_runs_if_an_argument_has_no_form(namespace, capsys, tmp_p
     assert not (tmp_path / 'ran').exists()
 
 
-def test_scripts_in_data_take_no_config_file(project, tmp_path):
+def test_scripts_that_prepare_a_text_take_no_config_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'mycode.py').write_text('open("ran", "w")\n')
-    _, err = script(project, 'data/text/prepare.py', '--input', 'mycode.py', '--name', 'c',
-                    cwd=tmp_path, code=2)
-    assert err.splitlines() == [f"error: '{word}' is not --key=value" for word in
-                                ('--input', 'mycode.py', '--name', 'c')]
+    for name in ('data.text.prepare', 'data.shakespeare_char.prepare'):
+        importlib.import_module(name)
+        line, = fails(capsys, configure, name, ['mycode.py'])
+        assert line == "error: 'mycode.py' is not --key=value: did you mean --input=mycode.py?"
+    try:
+        settings = configure('data.text.prepare', ['--input', 'mycode.py', '--name', 'c'])
+        assert settings['input'] == 'mycode.py' and settings['name'] == 'c'
+    finally:
+        configure('data.text.prepare', [])
     assert os.listdir(tmp_path) == ['mycode.py']
-    out, _ = script(project, 'data/text/prepare.py', '--help')
-    assert 'usage: python data/text/prepare.py [--key=value ...]\n' in out
-    out, _ = script(project, 'train.py', '--help')
-    assert 'usage: python train.py [config.py ...] [--key=value ...]\n' in out
+
+
+def test_help_shows_the_config_files_to_scripts_that_take_them(project, capsys):
+    for name, usage in (('data.text.prepare', 'data/text/prepare.py'),
+                        ('train', 'train.py [config.py ...]')):
+        with pytest.raises(SystemExit):
+            configure(name, ['--help'])
+        out = capsys.readouterr().out
+        assert f'usage: python {usage} [--key=value ...]\n' in out
+        assert ('configs:' in out) == (name == 'train')
+    names = re.search('^configs: (.*)', out, re.M)[1].split()
+    assert names == sorted(name for name in os.listdir(project / 'config') if '.py' in name)
 
 
 def test_a_config_file_that_assigns_no_setting_is_an_error(namespace, capsys, tmp_path):
     (tmp_path / 'c.py').write_text('{"width": 5}\n_width = 6\n')
     line, = fails(capsys, configure, 'script', [str(tmp_path / 'c.py')])
-    assert 'c.py, it assigns no setting' in line
+    assert 'c.py assigns no setting' in line
 
 
 @pytest.mark.parametrize('name', ['train_shakespeare_char_cpu', 'train_shakespeare_char_cpu.py',
@@ -529,7 +640,7 @@ def test_a_variable_of_its_own_in_a_config_file_begins_with_an_underscore(namesp
                                                                           tmp_path):
     (tmp_path / 'c.py').write_text('for i in range(3): pass\nwidth = i\n')
     line, = fails(capsys, configure, 'script', [str(tmp_path / 'c.py')])
-    assert "unknown key 'i' (" in line and 'begin a helper variable with _' in line
+    assert "unknown key 'i' (" in line and 'a variable of your own begins with _' in line
     (tmp_path / 'c.py').write_text('for _i in range(3): pass\nwidth = _i\n')
     assert configure('script', [str(tmp_path / 'c.py')])['width'] == 2
 
@@ -546,18 +657,32 @@ def test_a_tilde_is_the_home_folder_in_paths_only(monkeypatch, tmp_path):
     configure('sample', [])
 
 
-def test_more_processes_than_cores_get_a_note(monkeypatch, capsys):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1}, raising=False)
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
-    setup(device='cpu', dtype='float32')
-    assert 'note' not in capsys.readouterr().out
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
-    setup(device='cpu', dtype='float32')
-    note = capsys.readouterr().out.splitlines()[0]
-    assert note.startswith('note: 8 processes share 2 cores') and '--nproc_per_node=2' in note
+@pytest.mark.parametrize('environment', [
+    {'RANK': '0'}, {'WORLD_SIZE': '2'}, {'RANK': '0', 'WORLD_SIZE': ''},
+    {'RANK': 'x', 'WORLD_SIZE': '2'}, {'RANK': '0', 'WORLD_SIZE': '-2'},
+    {'RANK': '0', 'WORLD_SIZE': 'two'}, {'RANK': '0', 'WORLD_SIZE': '0'},
+    {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_PROCID': '0'}])
+def test_processes_that_do_not_know_each_other_do_not_start(monkeypatch, capsys, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line, = fails(capsys, setup, device='cpu')
+    assert 'with torchrun' in line and 'config/slurm.sh' in line
+
+
+@pytest.mark.parametrize('environment', [
+    {'RANK': '', 'WORLD_SIZE': '', 'LOCAL_RANK': '', 'LOCAL_WORLD_SIZE': ''},
+    {'RANK': '0', 'WORLD_SIZE': '1', 'SLURM_STEP_NUM_TASKS': '2'},  # srun torchrun
+    {'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'},  # a shell of salloc
+    {'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}])  # a batch script without srun
+def test_one_process_starts_alone(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    process = setup(device='cpu', dtype='float32')
+    assert (process.rank, process.world_size, process.is_main) == (0, 1, True)
 
 
 def test_a_world_without_an_address_is_an_error(monkeypatch, capsys):
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    for name, value in (('RANK', '0'), ('WORLD_SIZE', '2')):
+        monkeypatch.setenv(name, value)
     line, = fails(capsys, setup, device='cpu')
     assert 'MASTER_ADDR' in line and 'torchrun' in line
