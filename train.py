@@ -228,7 +228,10 @@ def main(argv=None):
         return process.close()
 
     # files, signals and compilation
-    metrics = runs.begin(settings(), model, resumed_at) if process.is_main else None
+    windows = len(val_data.eval_starts(eval_iters * batch_size))
+    evaluated_on = f'{meta["sha256"][:8]}-{val_data.n}-{windows}x{block_size}'  # for bench.py
+    config = settings() | {'evaluated_on': evaluated_on}
+    metrics = runs.begin(config, model, resumed_at) if process.is_main else None
     signals = catch_signals(process)
     compile_forward(learner)
     peak = peak_tflops * 1e12 or configurator.peak_flops(process)

@@ -84,8 +84,6 @@ def main(theirs=None):
             other = nanogpt(theirs, command)
             cells = [f'{other:,.0f}', f'{result[key] / other:.2f}']
         print(f'| {name} | {result[key]:,.0f} | {mfu} | {cells[0]} | {cells[1]} |', flush=True)
-    first = results[tuple(ROWS[-1][1])]['sample_first_1']
-    print(f'| one sample: first repeat over the later ones | {first:.2f} | | | |')
     loss, seconds = speedrun()
     print(f'| speedrun: val loss after {seconds:.0f} s of training | {loss:.4f} | | | |')
 

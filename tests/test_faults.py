@@ -1320,6 +1320,7 @@ def test_settings_are_printed_and_written_so_that_runs_can_be_told_apart(
     assert 'weight_decay=0.25' in line and f'out_dir={tmp_path / "out"}' in line
     assert not [word for word in line if word.startswith('beta1')]  # a default
     saved = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert re.fullmatch(r'[0-9a-f]{8}-\d+-4x32', saved.pop('evaluated_on'))  # a batch of 4 windows
     assert saved == load(tmp_path / 'out')['config'] and saved['weight_decay'] == 0.25
 
 

@@ -25,8 +25,7 @@ def test_the_table_has_every_figure_once_and_its_flags_exist(monkeypatch, capsys
                        not in {**vars(train), **vars(bench)}]
             assert not unknown and (pathlib.Path(folder) / arguments[0]).exists()
             return 'noise\n' + json.dumps(dict(
-                tps=123456.0, mfu=41.5, sample_tps_1=400.0, sample_tps_10=3000.0,
-                sample_first_1=1.5))
+                tps=123456.0, mfu=41.5, sample_tps_1=400.0, sample_tps_10=3000.0))
         out = pathlib.Path(arguments[-1].removeprefix('--out_dir='))
         out.mkdir()
         rows = [dict(step=0, val_loss=4.2, train_seconds=0), dict(step=9, loss=1.2),
@@ -39,10 +38,9 @@ def test_the_table_has_every_figure_once_and_its_flags_exist(monkeypatch, capsys
     out = capsys.readouterr().out
     assert out.startswith('Some GPU, torch ')
     rows = [line for line in out.splitlines() if line.startswith('| ')][1:]
-    assert len(rows) == len(gpu_table.ROWS) + 2
+    assert len(rows) == len(gpu_table.ROWS) + 1
     assert rows[0] == ('| GPT-2 124M, 12 x 1024: tokens/s | 123,456 | 41.5% | 61,440 | 2.01 |')
     assert rows[2].endswith('| 123,456 | 41.5% | 163,840 | 0.75 |')
-    assert '| one sample: first repeat over the later ones | 1.50 |' in out
     assert 'val loss after 12 s of training | 1.4500' in out
     assert sum('--task=sample' in command for command in commands) == 1
     commands.clear()

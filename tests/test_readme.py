@@ -44,6 +44,7 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_a_command_names_real_files_and_keys(command):
+    command = re.sub(r'\$\w+', '1', command)  # the variables of a loop
     for part in command.split('&&'):
         check(shlex.split(part))
 
