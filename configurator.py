@@ -362,7 +362,7 @@ class Process:
 
     def once_per_node(self, work):
         """Call work() on the first rank of each node, rank 0 first; the other ranks wait."""
-        for turn in (self.is_main, self.local_rank == 0):
+        for turn in (self.is_main, self.local_rank == 0 and not self.is_main):
             if turn:
                 work()
             self.gather(None)

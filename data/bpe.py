@@ -16,8 +16,8 @@ Sources: https://arxiv.org/abs/1508.07909 (BPE for words), and GPT-2's paper, "L
 Unsupervised Multitask Learners" (BPE for bytes).
 """
 import heapq
-import sys
 from collections import Counter, defaultdict
+from operator import add
 
 import regex  # tiktoken requires this package; Python's re does not know \p{L}
 
@@ -77,16 +77,13 @@ def train_bpe(pieces, vocab_size):
     """Return the tokens that BPE learns from pieces, as a list of bytes. The index is the token id.
 
     pieces: dict of piece (bytes) -> count. The first 256 tokens are the single bytes, in order of
-    value. The others follow in the order of the merges. There are fewer than vocab_size tokens if
-    each piece becomes a single token.
+    value, so vocab_size is at least 256. The others follow in the order of the merges. There are
+    fewer than vocab_size tokens if each piece becomes a single token.
 
     Among equally frequent pairs, the pair of the earliest tokens is merged first. The first token
     of the pair counts more than the second. Single bytes come in BYTE_ORDER. So the tokens are the
     same as those of BpeTrainer in Hugging Face's tokenizers.
     """
-    if not 256 <= vocab_size <= sys.maxunicode + 1:
-        raise ValueError(f'vocab_size={vocab_size}: it must be at least 256, because each byte is '
-                         f'a token, and at most {sys.maxunicode + 1:,}')
     tokens = [bytes([byte]) for byte in BYTE_ORDER]
     words, counts = make_words(pieces)
     pair_counts, places = count_pairs(words, counts)
@@ -123,16 +120,18 @@ def make_words(pieces):
     return words, list(pieces.values())
 
 
-def count_pairs(words, counts):
-    """Return two dicts: pair -> count, and pair -> places.
+def pairs_of(word):
+    """Count the pairs in a word."""
+    return Counter(map(add, word, word[1:]))
 
-    places: the indices of the words that contain the pair, once for each time.
-    """
+
+def count_pairs(words, counts):
+    """Return two dicts: pair -> count, and pair -> the indices of the words that contain it."""
     pair_counts, places = defaultdict(int), defaultdict(list)
     for i, word in enumerate(words):
-        for left, right in zip(word, word[1:]):
-            pair_counts[left + right] += counts[i]
-            places[left + right].append(i)
+        for pair, n in pairs_of(word).items():
+            pair_counts[pair] += n * counts[i]
+            places[pair].append(i)
     return pair_counts, places
 
 
@@ -143,32 +142,13 @@ def merge_pair(pair, new_token, words, counts, pair_counts, places):
     counting all pairs again after each merge would take hundreds of times as long.
     """
     new_pairs = set()
-    for i in set(places.pop(pair)):
-        # there is only one part if an earlier merge has removed the pair
-        parts = words[i].split(pair)
-        words[i] = new_token.join(parts)
-        for old_pair, new_pair in changed_pairs(parts, pair, new_token):
-            pair_counts[old_pair] -= counts[i]
-            pair_counts[new_pair] += counts[i]
-            places[new_pair].append(i)
-            new_pairs.add(new_pair)
+    for i in places.pop(pair):
+        for old_pair, n in pairs_of(words[i]).items():
+            pair_counts[old_pair] -= n * counts[i]
+        words[i] = words[i].replace(pair, new_token)
+        for new_pair, n in pairs_of(words[i]).items():
+            pair_counts[new_pair] += n * counts[i]
+            if new_token in new_pair:
+                places[new_pair].append(i)
+                new_pairs.add(new_pair)
     return new_pairs
-
-
-def changed_pairs(parts, pair, new_token):
-    """Return a list of (old pair, new pair): what a merge does to the neighbours of the pair.
-
-    parts: the word, split at the pair. Example: the word xaby is split at ab into x and y. If the
-    new token is N, the word becomes xNy. So the pair xa becomes xN, and the pair by becomes Ny.
-    """
-    first, second = pair
-    changed = []
-    for left, right in zip(parts, parts[1:]):  # the pair was between left and right
-        if left:
-            changed.append((left[-1] + first, left[-1] + new_token))
-        if right:
-            changed.append((second + right[0], new_token + right[0]))
-    for part in parts[1:-1]:
-        if not part:  # the pair came twice in a row: abab becomes NN, so ba becomes NN
-            changed.append((second + first, new_token + new_token))
-    return changed

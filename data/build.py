@@ -16,10 +16,11 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 
 from configurator import fail, first_line, one_line_errors
 from data.bpe import PATTERN, count_pieces, to_letters, train_bpe
-from data.dataset import SPLITS, id_dtype, is_val, write_meta
+from data.dataset import SPLITS, id_dtype, is_val, make_meta, write_meta
 from data.files import DATA_DIR, cannot_write, replace_file, show_progress, take_turns
 from data.tokenizers import BytePairTokenizer, CharTokenizer, tokenizer_from_dict
 
@@ -27,7 +28,6 @@ import numpy as np
 
 SAMPLE = 100_000_000  # number of characters that suffice to train a tokenizer
 MANY_DOCUMENTS = 100  # from this number on, whole documents are chosen for validation
-MANY_CHARACTERS = 300  # byte pairs suit a text with more different characters better
 
 
 def write_dataset(name, texts, kind, drop=False, vocab_size=4096, val_fraction=0.1, val_paths=()):
@@ -63,8 +63,6 @@ def learn_characters(texts):
         alphabet.update(text or texts.line_break)
     tokenizer = CharTokenizer(alphabet)
     print(f'vocabulary: {tokenizer.vocab_size:,} characters {tokenizer.chars[:200]!r}')
-    if tokenizer.vocab_size > MANY_CHARACTERS:
-        print('note: byte pairs suit this text better (--tokenizer=bpe)')
     return tokenizer
 
 
@@ -88,7 +86,7 @@ def missing_characters(texts, tokenizer, drop):
     missing = Counter()
     for text in texts.blocks('reading'):
         if isinstance(tokenizer, CharTokenizer):
-            text = text or texts.line_break
+            text = text or (texts.line_break if tokenizer.eot is None else '')
             for character in tokenizer.missing(text):
                 missing[character] += text.count(character)
     if missing:
@@ -109,7 +107,6 @@ def divide(texts, tokenizer, missing, val_fraction, val_paths):
     by_document = val_paths or texts.documents >= MANY_DOCUMENTS
     size = texts.characters - sum(missing.values())
     train_size = int(size * (1 - Fraction(str(val_fraction))))  # 0.1 is exactly a tenth
-    before = texts.digest.hexdigest()
     dropped = dict.fromkeys(map(ord, missing))
     end = texts.line_break.translate(dropped)
     if tokenizer.eot is not None and not texts.single:
@@ -134,8 +131,6 @@ def divide(texts, tokenizer, missing, val_fraction, val_paths):
             yield 'val', text[n:]
             position += len(text)
             split = 'train' if position <= train_size else 'val'
-    if texts.digest.hexdigest() != before:
-        fail(f'{texts.name} has changed while it was read: run this again')
 
 
 def tokenize(parts, tokenizer):
@@ -177,7 +172,7 @@ def encode(batch, tokenizer):
 def write_tokens(folder, pieces, tokenizer, source, sha256):
     """Write a dataset. An older one stays as it is until both new files are complete on the disk.
 
-    pieces: an iterable of (split, ids, bytes of text). source, sha256: as in write_meta.
+    pieces: an iterable of (split, ids, bytes of text). source, sha256: as in make_meta.
     """
     train, val = (os.path.join(folder, f'{split}.bin') for split in SPLITS)
     tokens, sizes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
@@ -201,7 +196,7 @@ def write_tokens(folder, pieces, tokenizer, source, sha256):
                 for old in ('train.bin', 'meta.pkl'):
                     with contextlib.suppress(FileNotFoundError):
                         os.remove(os.path.join(folder, old))
-                write_meta(folder, tokenizer, source, sha256, tokens, sizes)
+                write_meta(folder, make_meta(tokenizer, source, sha256, tokens, sizes))
     except OSError as e:
         cannot_write(folder, e)
     print(f'{train}: {tokens["train"]:,} tokens\n{val}: {tokens["val"]:,} tokens', flush=True)
@@ -210,31 +205,36 @@ def write_tokens(folder, pieces, tokenizer, source, sha256):
 # -----------------------------------------------------------------------------
 # reading texts as a stream
 
-JSONL = ('.jsonl', '.jsonl.gz')  # each line of such a file is a document
 BLOCK = 1 << 18  # number of characters or bytes
 LONGEST = 2 * BLOCK  # characters in a block without a good place for a cut; tiktoken fails at 1M
 # Where a text may be cut: after a single line break, before a word; or before a single space
 # between two words. The usual tokenizers begin a new token there.
 CUTS = [re.compile(r'(?<=\S\n)(?=\w)'), re.compile(r'(?<=\w)(?= \w)')]
 
+# the first bytes of files that are not UTF-8 text
+FOREIGN = {b'PK\3\4': 'a zip archive, as .docx and .epub are', b'PAR1': 'a parquet file',
+           b'%PDF': 'a PDF', b'\xff\xfe': 'UTF-16', b'\xfe\xff': 'UTF-16'}
+JSON = re.compile(rb'\s*\[?\s*\{\s*"|\s*\[\s*"')  # how JSON begins, whatever the file's name is
+
 
 class Texts:
     """The documents in the files that `sources` name.
 
-    separator: the string between two documents of a file, or ''. single: whether the input is one
-    plain file, and so one document. line_break: what follows each document if the tokenizer has no
-    end-of-text token. size: the bytes of the files.
+    separator: the string between two documents of a file, or ''. field: the field of JSON objects
+    that holds the text; '' reads JSON as plain text. single: whether the input is one plain file,
+    and so one document. line_break: what follows each document if the tokenizer has no end-of-text
+    token. size: the bytes of the files.
 
     While the texts are read, path is the file in work. Read so far are `position` bytes of the
     files, `characters`, and `documents`; `digest` is a hash of the text's bytes.
     """
 
-    def __init__(self, *sources, separator=''):
+    def __init__(self, *sources, separator='', field='text'):
         self.name = sources[0]
         self.paths = [path for source in sources for path in find_files(source)]
-        self.separator = separator
-        one_plain_file = len(self.paths) == 1 and not self.paths[0].endswith(JSONL)
-        self.single = one_plain_file and not separator
+        self.separator, self.field = separator, field
+        self.forms = {path: form_of(path, field) for path in self.paths}
+        self.single = [*self.forms.values()] == ['plain'] and not separator
         self.line_break = '' if self.single else '\n'
         self.size = sum(map(os.path.getsize, self.paths))
 
@@ -261,15 +261,23 @@ class Texts:
 
     def read_file(self):
         """Yield each document of the file in work as an iterable of strings."""
-        if self.path.endswith(JSONL):
-            for i, line in enumerate(split_at('\n', self.strings()), start=1):
-                if line.strip():
-                    yield [field_text(line, f'{self.path}: line {i}')]
+        if self.forms[self.path] != 'plain':
+            yield from self.read_json()
         elif self.separator:
             for document in split_at(self.separator, self.strings()):
                 yield [document.strip()]
         else:
             yield self.strings()
+
+    def read_json(self):
+        """Yield the text of each line of JSON; or of each item of a list, which is read whole."""
+        lines, unit = split_at('\n', self.strings()), 'line'
+        if self.forms[self.path] == 'list':
+            with one_line_errors(f'{self.path}: ', (ValueError, RecursionError)):
+                lines, unit = map(json.dumps, json.loads('\n'.join(lines))), 'item'
+        for i, line in enumerate(lines, start=1):
+            if line.strip():
+                yield [json_text(line, self.field, f'{self.path}: {unit} {i}')]
 
     def strings(self):
         """Yield the text of the file in work. All line ends become \\n, a byte order mark goes."""
@@ -277,34 +285,70 @@ class Texts:
         decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
         before, done = self.position, 0
         try:
-            with open(self.path, 'rb') as file:
-                unpacked = gzip.open(file) if self.path.endswith('.gz') else file
-                while chunk := unpacked.read(BLOCK):
-                    self.digest.update(chunk)
-                    self.position, done = before + file.tell(), done + len(chunk)
-                    yield decoder.decode(chunk)
-                yield decoder.decode(b'', final=True)
+            for chunk, position in read_chunks(self.path):
+                if b'\0' in chunk:
+                    fail(f'{self.path}: a NUL at byte {done + chunk.index(0)}: it is UTF-16 or not '
+                         'a text: save its text as UTF-8')
+                self.digest.update(chunk)
+                self.position, done = before + position, done + len(chunk)
+                yield decoder.decode(chunk)
+            yield decoder.decode(b'', final=True)
         except UnicodeDecodeError as e:
             byte = done - len(e.object) + e.start  # e.object ends with the chunk
             fail(f'{self.path}: not UTF-8 at byte {byte}: if it is text in another encoding, '
-                 'convert it, for example with iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW')
-        except (OSError, EOFError, zlib.error) as e:
-            fail(f'{self.path}: {getattr(e, "strerror", None) or first_line(e)}')
+                 'convert it: iconv -f ENCODING -t UTF-8 OLD > NEW')
+
+
+def read_chunks(path):
+    """Yield (bytes, position): a file in pieces, unpacked if it is packed by gzip."""
+    try:
+        with open(path, 'rb') as file:
+            packed = file.read(2) == b'\x1f\x8b'
+            file.seek(0)
+            unpacked = gzip.open(file) if packed else file
+            while chunk := unpacked.read(BLOCK):
+                yield chunk, file.tell()
+    except (OSError, EOFError, zlib.error) as e:
+        fail(f'{path}: {getattr(e, "strerror", None) or first_line(e)}')
+
+
+def form_of(path, field):
+    """Return plain, lines (of JSON), or list (in JSON). Fail if the file holds no plain text."""
+    head, _ = next(read_chunks(path), (b'', 0))
+    head, name = head.removeprefix(codecs.BOM_UTF8), path.lower().removesuffix('.gz')
+    for magic, what in FOREIGN.items():
+        if head.startswith(magic):
+            fail(f'{path} is {what}: save its text as UTF-8')
+    if field and name.endswith(('.csv', '.tsv')):
+        fail(f'{path} is a table: write each text as a line {{"{field}": "..."}} to a .jsonl file, '
+             'or train on all of it with --field=')
+    if not field or not name.endswith(('.json', '.jsonl', '.ndjson')) and not JSON.match(head):
+        return 'plain'
+    return 'list' if head.lstrip().startswith(b'[') else 'lines'
 
 
 def find_files(source):
-    """Return the paths of the files that `source` names: a file, a folder, or a pattern."""
+    """Return the paths of the files that `source` names: a file, a folder, or a pattern.
+
+    Hidden files are left out. Neither a folder nor ** leads through links to other folders, which
+    could form a cycle.
+    """
     if os.path.isfile(source):
         return [source]
-    pattern = source
-    if os.path.isdir(source):
-        pattern = os.path.join(glob.escape(source), '**', '*')  # hidden files are left out
-    elif source == '-' or os.path.exists(source):
-        fail(f'--input={source}: give the path of a file, because the text is read twice')
-    paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)), reverse=True)
-    if not paths:
+    folder, pattern = Path(source), '**/*'
+    if not os.path.isdir(source):
+        if source == '-' or os.path.exists(source):
+            fail(f'--input={source}: give the path of a file, because the text is read twice')
+        folder, pattern = Path(folder.anchor), str(folder.relative_to(folder.anchor))
+    with one_line_errors(f'--input={source}: '):  # a pattern like a**b
+        paths = sorted(map(str, folder.glob(pattern)), reverse=True)
+    unique = {}
+    for found in paths:
+        hidden = any(name[0] == '.' for name in set(Path(found).parts) - set(Path(source).parts))
+        if os.path.isfile(found) and not hidden:
+            unique[os.path.realpath(found)] = found  # links may lead to a file twice
+    if not unique:
         fail(f'{source}: No such file, or a folder without files')
-    unique = {os.path.realpath(path): path for path in paths}  # links may lead to a file twice
     return sorted(unique.values())
 
 
@@ -317,16 +361,18 @@ def split_at(separator, strings):
     yield rest
 
 
-def field_text(line, where):
-    """Return the field `text` of a line of JSON."""
+def json_text(line, field, where):
+    """Return the text in a line of JSON: a string, or the field of an object."""
     try:
         value = json.loads(line)
-        if not isinstance(value, dict) or not isinstance(value.get('text'), str):
+        text = value.get(field) if isinstance(value, dict) else value
+        if not isinstance(text, str):
             raise ValueError
-        value['text'].encode()  # ValueError for half of a surrogate pair
+        text.encode()  # ValueError for half of a surrogate pair
     except (ValueError, RecursionError):
-        fail(f'{where}: this is not a JSON object whose field "text" is a text')
-    return value['text'].replace('\r\n', '\n')
+        fail(f'{where}: this is not JSON with a text in its field "{field}": give another --field, '
+             'or train on all of it with --field=')
+    return text.replace('\r\n', '\n')
 
 
 def cut(strings):
@@ -353,4 +399,4 @@ def find_cut(text):
 
 def read_text(path):
     """Return the text of a UTF-8 file, under any locale and without a byte order mark."""
-    return ''.join(filter(None, Texts(path).blocks('reading')))
+    return ''.join(filter(None, Texts(path, field='').blocks('reading')))

@@ -8,8 +8,10 @@ A dataset is a folder data/NAME with three files:
     train.bin, val.bin   token ids without a header, uint16 or uint32
     meta.json            tokenizer, vocab_size, dtype, source, sha256; tokens and bytes per split
 
-A folder without meta.json is nanoGPT's: it gets a meta.json when it is first opened.
+A folder without meta.json is nanoGPT's: it gets a meta.json when it is first opened, if quill can
+write there.
 """
+import contextlib
 import hashlib
 import importlib
 import json
@@ -18,7 +20,7 @@ import os
 import pickle
 
 from configurator import fail, one_line_errors, say, torchrun
-from data.files import DATA_DIR, sha256_file, show_progress, take_turns, write_atomic
+from data.files import DATA_DIR, replace_file, sha256_file, show_progress, take_turns
 from data.tokenizers import CharTokenizer, tokenizer_from_dict, tokenizer_size
 
 import numpy as np
@@ -58,7 +60,12 @@ def open_dataset(name, block_size, process):
 def complete_dataset(name):
     """Prepare Shakespeare if it is missing, or write the meta.json of a folder of nanoGPT."""
     if missing_file(name) == 'meta.json':
-        adopt_nanogpt_folder(name)
+        meta = adopt_nanogpt_folder(name)
+        kind = "GPT-2's tokens" if meta['vocab_size'] == 50257 else 'the characters in meta.pkl'
+        if torchrun('RANK', 0) == 0:
+            say(f"note: data/{name} is read as nanoGPT's, with {kind}")
+        with contextlib.suppress(OSError):  # a folder that cannot be written: read it every time
+            write_meta(os.path.join(DATA_DIR, name), meta)
     elif missing_file(name) and name in FIRST_USE:
         with take_turns(DATA_DIR):  # another run may prepare the dataset at this moment
             if missing := missing_file(name):
@@ -85,20 +92,21 @@ def remedy(name, meta=None):
 
 def read_meta(name):
     """Return the content of meta.json as a dict; fail if a file is missing, or this one damaged."""
-    if missing := missing_file(name):
+    missing = missing_file(name)
+    if missing == 'meta.json':
+        return adopt_nanogpt_folder(name)
+    if missing:
         fail(f'no {missing} in data/{name}: {remedy(name)}')
     path = os.path.join(DATA_DIR, name, 'meta.json')
-    kinds = {'tokenizer': dict, 'vocab_size': int, 'dtype': str, 'sha256': str, 'tokens': dict,
-             'bytes': dict}
-    with one_line_errors(f'{path} is damaged ({remedy(name)}): '):
+    kinds = (ValueError, OSError, KeyError, TypeError, AttributeError)  # also of another structure
+    with one_line_errors(f'{path} is damaged ({remedy(name)}): ', kinds):
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
-        for key, kind in kinds.items():
-            if not isinstance(meta, dict) or type(meta.get(key)) is not kind:
-                raise ValueError(f'{key} is missing, or of another type')
-        for key in ('tokens', 'bytes'):
-            if any(type(meta[key].get(split)) is not int for split in SPLITS):
-                raise ValueError(f'{key} must be numbers')
+        numbers = [meta['vocab_size']]
+        for split in SPLITS:
+            numbers += meta['tokens'][split], meta['bytes'][split]
+        if any(type(number) is not int for number in numbers) or type(meta['sha256']) is not str:
+            raise ValueError('vocab_size, tokens, bytes or sha256 is of another type')
         if meta['vocab_size'] != tokenizer_size(meta['tokenizer']):
             raise ValueError(f'vocab_size={meta["vocab_size"]} is not the size of the tokenizer')
         if meta['dtype'] not in ('uint16', 'uint32'):
@@ -200,12 +208,12 @@ class Tokens:
         """Yield idx and targets of this rank's share of `count` batches, the same at every call.
 
         0 batches, or enough of them, cover the whole file. A target of -1 is not to be counted.
-        Batches with very many logits come in several parts.
+        Batches with very many logits are divided.
         """
         # at most 2**28 logits at a time: evaluation takes no more memory than training
-        rows = max(1, 2**28 // (self.block_size * self.vocab_size))
+        rows = max(1, min(batch_size, 2**28 // (self.block_size * self.vocab_size)))
         starts = self.eval_starts(count * batch_size)
-        batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
+        batches = [starts[i:i + rows] for i in range(0, len(starts), rows)]
         share = range(process.rank, len(batches) + process.rank, process.world_size)
         for i in show_progress(share, 'evaluating') if process.is_main else share:
             batch = batches[min(i, len(batches) - 1)]
@@ -215,10 +223,7 @@ class Tokens:
             if len(starts) > 1 and batch[-1] == starts[-1]:  # count no token twice
                 overlap = max(0, starts[-2] + self.block_size - starts[-1])
                 targets[-1, :overlap] = -1
-            if rows < batch_size and len(idx) < batch_size:  # as many parts on every rank
-                padding = torch.zeros(batch_size - len(idx), self.block_size, dtype=idx.dtype)
-                idx, targets = torch.cat([idx, padding]), torch.cat([targets, padding - 1])
-            yield from zip(idx.split(rows), targets.split(rows))
+            yield idx, targets
 
 
 def divide(micro_batches, batch_size, process):
@@ -241,16 +246,21 @@ def divide(micro_batches, batch_size, process):
 # -----------------------------------------------------------------------------
 # what preparing a dataset shares
 
-def write_meta(folder, tokenizer, source, sha256, tokens, sizes):
-    """Write meta.json, which marks the dataset in folder as complete.
+def make_meta(tokenizer, source, sha256, tokens, sizes):
+    """Return the content of meta.json.
 
     source: name of the origin. sha256: identifies the content. tokens, sizes: the number of tokens,
     and of bytes of text, of each split.
     """
-    meta = {'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size,
+    return {'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size,
             'dtype': id_dtype(tokenizer).name, 'source': source, 'sha256': sha256,
             'tokens': tokens, 'bytes': sizes}
-    write_atomic(os.path.join(folder, 'meta.json'), [json.dumps(meta, indent=1).encode()])
+
+
+def write_meta(folder, meta):
+    """Write meta.json, which marks the dataset in folder as complete."""
+    with replace_file(os.path.join(folder, 'meta.json')) as f:
+        f.write(json.dumps(meta, indent=1).encode())
 
 
 def id_dtype(tokenizer):
@@ -267,42 +277,53 @@ def is_val(document, val_fraction):
     return int.from_bytes(digest[:8], 'big') < val_fraction * 2**64
 
 
-def text_size(path, tokenizer):
-    """Return the number of bytes of the text in a .bin file of uint16, without end-of-text tokens.
-
-    Fails if the file holds an id that is not one of the tokenizer's.
-    """
-    size = tokenizer.vocab_size
-    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(size)])
+def token_lengths(tokenizer):
+    """Return the number of bytes of each token in a text, as an array; 0 for end-of-text."""
+    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     if tokenizer.eot is not None:
         lengths[tokenizer.eot] = 0
-    total = 0
-    with open(path, 'rb') as f:
-        while chunk := f.read(1 << 24):
-            ids = np.frombuffer(chunk, dtype=np.uint16)
-            if ids.max() >= size:
-                fail(f'{path}: token id {ids.max()} is outside the vocabulary of {size:,}')
-            total += int(lengths[ids].sum())
-    return total
+    return lengths
 
 
 # -----------------------------------------------------------------------------
 # folders that nanoGPT prepared
 
+LLM_C = (20240520).to_bytes(4, 'little')  # the first bytes of llm.c's .bin files
+
+
 def adopt_nanogpt_folder(name):
-    """Write the meta.json of a folder data/NAME with the train.bin and val.bin of nanoGPT."""
+    """Return the content of a meta.json for a folder data/NAME that nanoGPT prepared."""
     folder, digest, tokens, sizes = os.path.join(DATA_DIR, name), hashlib.sha256(), {}, {}
     with one_line_errors(f"data/{name} has no meta.json and cannot be read as nanoGPT's: "):
         tokenizer = nanogpt_tokenizer(os.path.join(folder, 'meta.pkl'))
+        lengths = token_lengths(tokenizer)
         for split in SPLITS:
             path = os.path.join(folder, f'{split}.bin')
-            sizes[split] = text_size(path, tokenizer)
+            sizes[split] = text_size(path, lengths)
             tokens[split] = os.path.getsize(path) // 2
             digest.update(sha256_file(path).encode())
-    write_meta(folder, tokenizer, 'nanoGPT', digest.hexdigest(), tokens, sizes)
-    kind = "GPT-2's tokens" if tokenizer.eot else f'{tokenizer.vocab_size} characters'
-    if torchrun('RANK', 0) == 0:
-        say(f"note: data/{name} is read as nanoGPT's, with {kind}: wrote its meta.json")
+    return make_meta(tokenizer, 'nanoGPT', digest.hexdigest(), tokens, sizes)
+
+
+def text_size(path, lengths):
+    """Return the number of bytes of the text in a .bin file of uint16, given those of each token.
+
+    ValueError says that the file holds something else.
+    """
+    words = np.fromfile(path, np.uint16, count=1 << 20)
+    # half of the 16-bit words are zero if the ids have 32 or 64 bits
+    if words.tobytes().startswith((b'\x93NUMPY', LLM_C)) or not words[1::2].any():
+        raise ValueError(f'{path} must hold ids of 16 bits without a header: with numpy, '
+                         'ids.astype(np.uint16).tofile(path) writes them')
+    total = 0
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 24):
+            ids = np.frombuffer(chunk, np.uint16)
+            if ids.max() >= len(lengths):
+                raise ValueError(f'{path}: token id {ids.max()} is outside the vocabulary of '
+                                 f'{len(lengths):,}')
+            total += int(lengths[ids].sum())
+    return total
 
 
 def nanogpt_tokenizer(path):

@@ -2,6 +2,7 @@
 Files that an interruption never leaves half-written; locks between processes; progress.
 """
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -62,16 +63,17 @@ def sync_folder(path):
 
 
 def cannot_write(path, e, more='', name=''):
-    """Fail with exit code 1 because writing `path` raised e; report the free disk space too.
+    """Fail with exit code 1 because writing `path` raised e.
 
     more: added at the end of the message. name: printed instead of the path.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    reason = getattr(e, 'strerror', None) or first_line(e)
-    free = shutil.disk_usage(folder).free
-    fail(f'cannot write {name or path} ({reason}): {free / 1e6:.1f} MB are free{more}', code=1)
+    message = f'cannot write {name or path} ({getattr(e, "strerror", None) or first_line(e)})'
+    if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        folder = os.path.abspath(path)
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        message += f': {shutil.disk_usage(folder).free / 1e6:.1f} MB are free'
+    fail(message + more, code=1)
 
 
 def need_space(folder, size, what='this takes'):
@@ -126,28 +128,19 @@ def show_progress(items, work, size=None, position=None):
     position() is the number of bytes done, and size, if it is known, that of all bytes.
     """
     began = shown = time.monotonic()
+    size = size if position else len(items)
     try:
         for i, item in enumerate(items):
             now = time.monotonic()
             if i and now - shown > 0.5 and sys.stderr.isatty():
                 shown = now
-                done, total = (position(), size) if position else (i, len(items))
-                words = progress(done, total, now - began, in_bytes=position)
+                done = position() if position else i
+                words = f'{done:,} bytes'
+                if size:
+                    left = (now - began) / max(1, done) * (size - done)
+                    words = f'{done / size:.0%}, {left:.0f} s left'
                 print(f'\r{work + ": " + words:<79}', end='', file=sys.stderr, flush=True)
             yield item
     finally:
         if shown > began:  # remove the line
             print(f'\r{"":<79}\r', end='', file=sys.stderr, flush=True)
-
-
-def progress(done, total, seconds, in_bytes):
-    """Return a few words about work of which `done` of `total` units took so many seconds."""
-    unit = 1e6 if in_bytes else 1
-    words = f'{done / unit:,.0f}'
-    if total:
-        words += f' of {total / unit:,.0f}'
-    if in_bytes:
-        words += f' MB, {done / unit / seconds:,.1f} MB/s'
-    if total:
-        words += f', {seconds / max(1, done) * (total - done):.0f} s left'
-    return words

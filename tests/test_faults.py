@@ -378,7 +378,7 @@ def test_space_and_permission_are_checked_before_training(fails, tmp_path, monke
     err = fails(out=tmp_path / 'file' / 'out', code=1)
     assert err.splitlines()[-1].startswith(
         f'error: cannot write to --out_dir={tmp_path}/file/out (Not a directory)')
-    assert re.search(r': \d+\.\d MB are free', err)
+    assert 'MB are free' not in err  # the disk is not the reason
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=5000))
     assert '0.0 MB are free' in fails(code=1)
 
@@ -395,7 +395,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(
     written.unlink(missing_ok=True)
     written.symlink_to('/dev/full')
     err = fails('--init_from=resume', code=1)
-    assert re.fullmatch(rf'error: cannot write {out}/{name} \(.*\): [\d.]+ MB are free.*\n', err)
+    assert re.fullmatch(rf'error: cannot write {out}/{name} \(.*\).*\n', err)
     assert (out / 'ckpt.pt').read_bytes() == before
 
 

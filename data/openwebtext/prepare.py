@@ -6,9 +6,7 @@ OpenWebText in GPT-2's tokens: train.bin (17 GB), val.bin and meta.json from 21 
 Each subset becomes a dataset of its own, in data/openwebtext/subset00 and so on. At the end they
 are joined. Run the same command again to continue after an interruption.
 """
-import glob
 import hashlib
-import io
 import lzma
 import os
 import shutil
@@ -22,23 +20,19 @@ from configurator import fail, run_main
 from data.build import tokenize, write_tokens
 from data.dataset import SPLITS, is_val, read_meta
 from data.downloads import DownloadError, download_resumable, hub_address
-from data.files import DATA_DIR, need_space
+from data.files import DATA_DIR
 from data.tokenizers import GPT2Tokenizer
 
-subsets = 21  # number of subsets, at most 21
+subsets = 21  # number of subsets
+LIMITS = {'subsets': (1, 21)}
 
 VAL_FRACTION = 0.0005  # of the documents
 SOURCE = 'Skylion007/openwebtext'
 
 
 def main():
-    if not 1 <= subsets <= 21:
-        fail(f'--subsets={subsets}: subsets is at least 1 and at most 21')
     whole = os.path.join(DATA_DIR, 'openwebtext')
     folders = [os.path.join(whole, f'subset{i:02}') for i in range(subsets)]
-    # the tokens of the subsets, the same tokens joined, and the text of one subset
-    have = sum(map(os.path.getsize, glob.glob(f'{whole}/subset*/*.bin')))
-    need_space(whole, max(0, 860_000_000 * subsets - have) + 860_000_000 * subsets + 625_000_000)
     tokenizer = GPT2Tokenizer()
     for folder in folders:
         if not os.path.exists(os.path.join(folder, 'train.bin')):  # the last file to be complete
@@ -54,11 +48,12 @@ def main():
 
 def prepare_subset(folder, tokenizer):
     """Download a subset and write its tokens to folder."""
-    name = f'urlsf_{os.path.basename(folder)}.tar'
-    url = f'{hub_address()}/datasets/{SOURCE}/resolve/main/subsets/{name}'
-    tar = os.path.join(folder, name)
+    whole, name = os.path.split(folder)
+    tar = os.path.join(whole, f'urlsf_{name}.tar')
+    base = f'{hub_address()}/datasets/{SOURCE}/resolve/main/subsets'
+    places = f'{base}/urlsf_{name}.tar to urlsf_subset{subsets - 1:02}.tar in {whole}'
     try:
-        download_resumable(url, tar)
+        download_resumable(f'{base}/urlsf_{name}.tar', tar, places=places)
         write_tokens(folder, tokenize(read_documents(tar), tokenizer), tokenizer, SOURCE, name)
     except DownloadError as e:
         fail(str(e))
@@ -71,10 +66,9 @@ def prepare_subset(folder, tokenizer):
 def read_documents(tar):
     """Yield (split, text) of each document in a subset; then None instead of its text."""
     with tarfile.open(tar, 'r|') as archives:
-        for member in archives:
-            if member.name.endswith('.xz'):
-                archive = archives.extractfile(member).read()
-                yield from read_archive(io.BytesIO(archive))
+        for archive in archives:
+            if archive.name.endswith('.xz'):
+                yield from read_archive(archives.extractfile(archive))
 
 
 def read_archive(archive):

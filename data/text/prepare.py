@@ -2,13 +2,14 @@
 Your own text: makes the dataset data/NAME from UTF-8 files.
 
     python data/text/prepare.py --input=diary.txt --name=diary
-    python train.py config/train_shakespeare_char_cpu.py --dataset=diary --out_dir=out-diary
+    python train.py config/speedrun_shakespeare_char.py --dataset=diary --out_dir=out-diary
     python data/text/prepare.py --input=letters.txt --name=letters --tokenizer=out-diary
     python data/text/prepare.py --input="books/*.txt" --name=books --tokenizer=bpe
 
-The input is a file, a folder, or a pattern in quotes. Files may end in .gz. Each line of a .jsonl
-file is one document: the text in its field "text". Every other file is one document. If there are
-several, an end-of-text token follows each document; with --tokenizer=char, a line break does.
+The input is a file, a folder, or a pattern in quotes. Files may be compressed by gzip. In a file of
+JSON, each line, or each item of a list, is one document: a string, or an object with the text in
+its field "text". Every other file is one document. If there are several, an end-of-text token
+follows each document; with --tokenizer=char, a line break does.
 
 The last tenth of the text is for validation. If there are 100 documents or more, about one document
 in ten is.
@@ -22,11 +23,10 @@ from configurator import fail, one_line_errors, run_main
 from data import huggingface
 from data.build import Texts, write_dataset
 from data.checkpoints import checkpoint_path, read_checkpoint
+from data.dataset import read_meta
 from data.files import DATA_DIR
 from data.huggingface import GPT2_NAMES
 from data.tokenizers import tokenizer_size
-
-import torch
 
 input = ''  # UTF-8 text: a file, a folder or a pattern, also of .gz and .jsonl files
 name = ''  # name of the dataset
@@ -34,19 +34,26 @@ tokenizer = 'char'  # char: one token per character | bpe: made for this text | 
 vocab_size = 0  # number of tokens for --tokenizer=bpe, at least 257; 0: 4096 tokens
 val_fraction = 0.1  # fraction for validation: of the text, or of its documents if 100 or more
 unknown = ''  # drop: leave out characters that the given tokenizer lacks
+field = 'text'  # field of JSON objects that holds the text; '': train on JSON and CSV as they are
+CHOICES = {'unknown': ('', 'drop')}
+LIMITS = {'val_fraction': (0, 1)}
 
 
 def main():
     check_settings()
-    kind = tokenizer
-    start = '' if torch.cuda.is_available() else 'config/train_shakespeare_char_cpu.py '
+    kind, start = tokenizer, 'config/speedrun_shakespeare_char.py'
     if tokenizer not in ('char', 'bpe', 'gpt2'):
         with one_line_errors(f'--tokenizer={tokenizer}: '):
             kind = read_tokenizer(tokenizer)
         if is_run(tokenizer):
-            start = f'--init_from={tokenizer} '
-    write_dataset(name, Texts(input), kind, unknown == 'drop', vocab_size or 4096, val_fraction)
-    print(f'now train on it: python train.py {start}--dataset={name} --out_dir=out-{name}')
+            start = f'--init_from={tokenizer}'
+    texts = Texts(input, field=field)
+    write_dataset(name, texts, kind, unknown == 'drop', vocab_size or 4096, val_fraction)
+    command = f'{start} --dataset={name} --out_dir=out-{name}'
+    if start.endswith('.py'):
+        updates = read_meta(name)['tokens']['train'] / 4096  # in an epoch of this config
+        command += f' --max_iters={max(100, round(2.5 * updates))}'
+    print(f'now train on it: python train.py {command}')
 
 
 def check_settings():
@@ -62,10 +69,6 @@ def check_settings():
              "run's folder, a checkpoint, or a tokenizer.json")
     if vocab_size and (tokenizer != 'bpe' or vocab_size < 257):
         fail(f'--vocab_size={vocab_size}: vocab_size is for --tokenizer=bpe, and at least 257')
-    if not 0 < val_fraction < 1:
-        fail(f'--val_fraction={val_fraction}: val_fraction is above 0 and below 1')
-    if unknown not in ('', 'drop'):
-        fail(f'--unknown={unknown}: unknown is drop, or not given')
 
 
 def is_run(path):

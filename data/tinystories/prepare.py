@@ -10,45 +10,39 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import fail, run_main
+from configurator import fail, one_line_errors, run_main
 from data.build import Texts, write_dataset
 from data.downloads import DownloadError, download_resumable, hub_address
-from data.files import DATA_DIR
 
 mb = 0  # megabytes of stories to train on; 0: all of them
 vocab_size = 4096  # number of tokens
+LIMITS = {'mb': (0, 10**6), 'vocab_size': (257, 65536)}
 
+FOLDER = os.path.dirname(os.path.abspath(__file__))
 SEPARATOR = '<|endoftext|>'  # between two stories
 
 
 def main():
-    if mb < 0 or not 257 <= vocab_size <= 65536:
-        fail(f'--mb={mb} --vocab_size={vocab_size}: mb is at least 0, vocab_size is at least 257 '
-             'and at most 65,536')
-    train = download_stories('train', mb)
-    val = download_stories('valid')
+    base = f'{hub_address()}/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-'
+    part = f'-{mb}MB' if mb else ''
+    train = os.path.join(FOLDER, f'TinyStoriesV2-GPT4-train{part}.txt')
+    val = os.path.join(FOLDER, 'TinyStoriesV2-GPT4-valid.txt')
+    places = f'{base}train.txt as {train}, {base}valid.txt as {val}'
+    with one_line_errors(kinds=(DownloadError,)):
+        download_resumable(f'{base}train.txt', train, end=mb * 1_000_000, places=places)
+        download_resumable(f'{base}valid.txt', val, places=places)
+    end_with_a_story(train, mb * 1_000_000)
+    end_with_a_story(val)
     texts = Texts(train, val, separator=SEPARATOR)
-    write_dataset('tinystories', texts, 'bpe', vocab_size=vocab_size, val_paths=[val])
+    write_dataset(os.path.basename(FOLDER), texts, 'bpe', vocab_size=vocab_size, val_paths=[val])
     print('now train on it: python train.py config/train_tinystories.py')
 
 
-def download_stories(kind, mb=0):
-    """Return the path of the stories, downloaded if they are missing: all, or so many megabytes."""
-    name = f'TinyStoriesV2-GPT4-{kind}'
-    part = f'-{mb}MB' if mb else ''
-    path = os.path.join(DATA_DIR, 'tinystories', f'{name}{part}.txt')
-    url = f'{hub_address()}/datasets/roneneldan/TinyStories/resolve/main/{name}.txt'
-    try:
-        download_resumable(url, path, end=mb * 1_000_000)
-    except DownloadError as e:
-        fail(str(e))
-    end_with_a_story(path)
-    return path
-
-
-def end_with_a_story(path):
-    """Remove what follows the last separator in a file: the beginning of a story."""
+def end_with_a_story(path, end=0):
+    """Cut a file off behind the last separator, before byte `end` if it is not 0."""
     with open(path, 'r+b') as f:
+        if 0 < end < os.path.getsize(path):  # all stories, which somebody has put there
+            f.truncate(end)
         begin = f.seek(max(0, os.path.getsize(path) - 1_000_000))
         before, found, rest = f.read().rpartition(SEPARATOR.encode())
         if rest.strip():
