@@ -7,7 +7,6 @@ Generate text with trained weights.
 import codecs
 import os
 import re
-import shutil
 import sys
 import time
 
@@ -15,7 +14,7 @@ import configurator
 from configurator import DTYPES, fail, one_line_errors, pick_device, run_main, setup
 from data.build import read_text
 from data.checkpoints import load_model, read_weights, usable
-from data.files import cannot_write
+from data.gguf import write_gguf
 from data.huggingface import write_pretrained
 from data.runs import read_runs
 from data.tokenizers import CharTokenizer, tokenizer_from_dict
@@ -28,10 +27,11 @@ from torch import nn
 # settings
 
 # what to load
-init_from = 'resume'  # resume (weights of train.py) | gpt2, gpt2-xl, ... | DIR with weights
+init_from = 'resume'  # resume (weights of train.py) | gpt2 ... gpt2-xl | OWNER/NAME | DIR
 out_dir = ''  # folder of the run; empty: the latest run
 weights = 'best'  # best: model.pth, the lowest val loss | last: ckpt.pt, the end of training
-export = ''  # write the weights to this new folder, for Hugging Face's transformers, and exit
+export = ''  # write the weights to this new folder, for transformers and llama.cpp, and exit
+gguf_dtype = 'float16'  # data type of the matrices for llama.cpp
 # what to generate
 start = ''  # prompt, or FILE:path of its file; empty: a newline or end-of-text; \n is a newline
 interactive = False  # continue each line that you type; Ctrl-D ends
@@ -48,7 +48,7 @@ dtype = 'auto'  # data type of the weights; auto is the fastest for this device
 
 LIMITS = dict(num_samples=(1, 1e9), max_new_tokens=(1, 1e9), temperature=(0, 1e9),
               top_k=(0, 1e9), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
-CHOICES = {'weights': ('best', 'last'), 'dtype': DTYPES}
+CHOICES = {'weights': ('best', 'last'), 'dtype': DTYPES, 'gguf_dtype': ('float16', 'float32')}
 
 @torch.inference_mode()
 def main():
@@ -89,8 +89,8 @@ def main():
 def load(source, device='cpu', tell=False):
     """Return the model, in eval mode, and its tokenizer. ValueError or OSError say what is wrong.
 
-    source: a run's folder or checkpoint, a name of GPT-2, or a folder with a GPT-2. tell: print
-    a line about the weights.
+    source: a run's folder or checkpoint, a name on the hub, or a folder of transformers. tell:
+    print a line about the weights.
     """
     checkpoint = read_weights(source)
     model = load_model(checkpoint).eval().to(device)
@@ -114,17 +114,14 @@ def find_weights():
     return path if init_from == 'resume' or os.path.exists(path) else folder
 
 def export_model(model, tokenizer):
-    """Write the model and its tokenizer to `export`, or nothing if that fails."""
+    """Write the model and its tokenizer to `export`."""
     with one_line_errors(f'--export={export}: '):
+        write_pretrained(export, model, tokenizer)
         try:
-            os.makedirs(export, exist_ok=True)
-            write_pretrained(export, model, tokenizer)
-        except BaseException as e:  # Ctrl-C, too
-            shutil.rmtree(export, ignore_errors=True)
-            if isinstance(e, OSError):
-                cannot_write(export, e)
-            raise
-    print(f'exported to {export}: transformers.GPT2LMHeadModel.from_pretrained({export!r}) '
+            write_gguf(os.path.join(export, 'model.gguf'), model, tokenizer, gguf_dtype)
+        except ValueError as e:  # a tokenizer that llama.cpp cannot read
+            print(f'note: no model.gguf: {e}')
+    print(f'exported to {export}: transformers.AutoModelForCausalLM.from_pretrained({export!r}) '
           'loads it, and AutoTokenizer its tokenizer')
 
 # -----------------------------------------------------------------------------
@@ -133,17 +130,18 @@ def export_model(model, tokenizer):
 def encode_prompt(tokenizer, text, device='cpu'):
     """Return the ids of text as a tensor (1, T) on the device, with T > 0.
 
-    An empty text becomes the end-of-text token. Without such a token it becomes a newline, or
-    id 0 if the vocabulary has no newline. ValueError names characters without an id.
+    The text of a special token becomes that token. An empty text becomes the end-of-text token, or
+    a newline if the tokens are characters or there is no such token. ValueError names characters
+    without an id.
     """
-    if text:
-        ids = tokenizer.encode(text)
-    elif tokenizer.eot is not None:
-        ids = [tokenizer.eot]
-    elif isinstance(tokenizer, CharTokenizer) and tokenizer.missing('\n'):
-        ids = [0]
-    else:
-        ids = tokenizer.encode('\n')
+    ids = tokenizer.encode(text, special=True)
+    if not len(ids):
+        if isinstance(tokenizer, CharTokenizer):
+            ids = [max(0, tokenizer.chars.find('\n'))]
+        elif tokenizer.eot is not None:
+            ids = [tokenizer.eot]
+        else:
+            ids = tokenizer.encode('\n')
     return torch.tensor(np.array(ids, dtype=np.int64), device=device)[None]
 
 def pick_prompt(tokenizer, prompt, given):
@@ -279,14 +277,12 @@ def place_for_generation(model, device, dtype):
 def stored_linear(linear, dtype):
     """Return a function that computes what `linear` does, with its weights stored for a library.
 
-    Its input (B, T, in) and output (B, T, out) are float32. It is not an nn.Module, because a
-    call of an nn.Module takes 2 us longer.
+    Input (B, T, in) and output (B, T, out) are float32. Calling an nn.Module would take 2 us more.
     """
     bias = linear.bias
     if dtype == torch.float16:
         packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.float(), bias)
-        # ._op: without torch's look through the arguments, which takes 5 us
-        product = torch.ops.quantized.linear_dynamic_fp16._op
+        product = torch.ops.quantized.linear_dynamic_fp16._op  # _op saves 5 us of checks
         return lambda x: product(x, packed)
     packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.bfloat16())
 

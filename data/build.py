@@ -60,9 +60,9 @@ def learn_characters(texts):
     """Return the tokenizer of the characters in the texts."""
     alphabet = set()
     for text in texts.blocks('reading'):
-        alphabet.update(text or texts.line_break)
-    tokenizer = CharTokenizer(alphabet)
-    print(f'vocabulary: {tokenizer.vocab_size:,} characters {tokenizer.chars[:200]!r}')
+        alphabet.update(text or '')
+    tokenizer = CharTokenizer(alphabet, eot=True)
+    print(f'vocabulary: {len(alphabet):,} characters {tokenizer.chars[:200]!r}')
     return tokenizer
 
 

@@ -8,6 +8,7 @@ A checkpoint is a dict of plain values and tensors:
 """
 import contextlib
 import os
+import re
 import zipfile
 from dataclasses import fields
 
@@ -16,12 +17,18 @@ from data.dataset import complete_dataset, read_meta
 from data.files import cannot_write, replace_file
 from data.huggingface import GPT2_NAMES, read_pretrained
 from data.tokenizers import tokenizer_size
-from model import GPT, GPTConfig, Muon, is_sharded
+from model import GPT, GPTConfig, is_sharded
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 VERSION = 1  # of the format
+WTE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
+# what a pickle needs for numpy's numbers; numpy 1 has another name for the first function
+SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS = [np.dtype, *{type(np.dtype(code)) for code in '?bhilqBHILQefd'}, SCALAR,
+                 (SCALAR, 'numpy.core.multiarray.scalar')]
 
 # -----------------------------------------------------------------------------
 # reading
@@ -46,19 +53,19 @@ def checkpoint_path(init_from):
 
 def load_checkpoint(path):
     """Return the checkpoint at path, its tensors on the CPU; fail if it is missing or damaged."""
-    if not os.path.exists(path):
-        folder, name = os.path.split(path)
-        fail(f'no {name} in {folder or "."}: {alternative(path)}')
     with usable(path):
         return read_checkpoint(path)
 
 @contextlib.contextmanager
 def usable(source):
-    """Fail if the weights at source cannot be read, and say what to use instead of a checkpoint."""
+    """Fail if the weights at source cannot be read; name ckpt_prev.pt beside a bad ckpt.pt."""
     try:
         yield
     except (ValueError, OSError) as e:
-        hint = f'; {alternative(source)}' if source.endswith(('.pth', '.pt')) else ''
+        folder, name = os.path.split(source)
+        hint = ''
+        if name == 'ckpt.pt' and os.path.exists(os.path.join(folder, 'ckpt_prev.pt')):
+            hint = '; the checkpoint before it is there: --ckpt=ckpt_prev.pt'
         fail(f'cannot use {source}: {first_line(e)}{hint}')
 
 def read_checkpoint(path):
@@ -67,18 +74,23 @@ def read_checkpoint(path):
     No code in the file is run, and nothing in it is used as a path.
     """
     if not os.path.isfile(path):
-        raise ValueError('there is no such file')
+        raise ValueError('there is no such file: train first, or give another --out_dir')
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not check
                 raise ValueError(f'{damaged} in it is damaged')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except zipfile.BadZipFile:
         raise ValueError('it is cut short, damaged, or no checkpoint at all')
     except ValueError:
         raise
     except Exception as e:
-        raise ValueError(f'torch refuses it: {first_line(e)}')
+        reason = first_line(e)
+        if refused := re.search(r'GLOBAL (\S+)', str(e)):
+            reason = f'{refused[1]} is code: save only tensors, numbers, strings, lists and dicts'
+        raise ValueError(f'torch refuses it: {reason}')
+    checkpoint = tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, checkpoint)
     if not isinstance(checkpoint, dict):
         raise ValueError(f'it holds a {type(checkpoint).__name__} instead of a dict')
     version = checkpoint.get('format', 0)
@@ -86,22 +98,19 @@ def read_checkpoint(path):
         raise ValueError(f'its format {version} is newer than what this quill reads ({VERSION})')
     if 'format' not in checkpoint:
         adopt_nanogpt_checkpoint(checkpoint)
-    needed = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict,
-              'iter_num': int}
-    if 'val_loss' in checkpoint:
-        needed |= {'val_loss': float}
-    else:
-        needed |= {'optimizer': list, 'scaler': dict, 'best_val_loss': float,
-                   'train_seconds': float, 'data': dict, 'position': int}
-    for key, kind in needed.items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise ValueError(f'it has no {key}')
+    needed = {'model', 'model_args', 'config', 'tokenizer', 'iter_num'}
+    if 'val_loss' not in checkpoint:
+        needed |= {'optimizer', 'scaler', 'best_val_loss', 'train_seconds', 'data', 'position'}
+    if missing := needed - set(checkpoint):
+        raise ValueError(f'it has no {", ".join(sorted(missing))}')
     return checkpoint
 
 def adopt_nanogpt_checkpoint(checkpoint):
     """Complete a checkpoint of nanoGPT in place. Its optimizer state is not used."""
     try:
-        weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+        # torch.compile and DistributedDataParallel put words in front of the names
+        weights = {re.sub(r'^((_orig_mod|module)\.)*', '', name): tensor
+                   for name, tensor in checkpoint['model'].items()}
         checkpoint['best_val_loss'] = float(checkpoint['best_val_loss'])
         name = os.path.basename(checkpoint['config']['dataset'])
         gpt2 = checkpoint['model_args']['vocab_size'] in (50257, 50304)
@@ -112,9 +121,12 @@ def adopt_nanogpt_checkpoint(checkpoint):
     try:
         if not gpt2:
             complete_dataset(name)
-        checkpoint['tokenizer'] = {'kind': 'gpt2'} if gpt2 else read_meta(name)['tokenizer']
+        tokenizer = {'kind': 'gpt2'} if gpt2 else read_meta(name)['tokenizer']
     except SystemExit:
         raise ValueError(f"it is nanoGPT's and holds no tokenizer: prepare data/{name} first")
+    if tokenizer_size(tokenizer) > checkpoint['model_args']['vocab_size']:
+        tokenizer.pop('eot', None)  # nanoGPT's characters have no end-of-text token
+    checkpoint['tokenizer'] = tokenizer
     checkpoint |= dict(optimizer=[], scaler={}, train_seconds=0.0, data={}, position=0)
     if torchrun('RANK', 0) == 0:
         say("note: this checkpoint is nanoGPT's: its optimizer starts anew, and nothing tells "
@@ -136,27 +148,23 @@ def load_model(checkpoint, **changes):
     if config.block_size < checkpoint['model_args'].get('block_size', 0) and not config.rotary:
         key = 'transformer.wpe.weight'
         weights[key] = weights[key][:config.block_size]
+    if config.tie_weights:  # one matrix, which files may hold under one of its names
+        for name, other in (WTE, HEAD), (HEAD, WTE):
+            if other in weights:
+                weights.setdefault(name, weights[other])
     model = GPT(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
         words = ' '.join(str(e).split()[:30])
         raise ValueError(f'its weights do not fit its model_args ({words})')
+    if config.tie_weights and not torch.equal(model.lm_head.weight, weights[WTE].float()):
+        raise ValueError('lm_head.weight differs from wte.weight, so the weights are not tied: '
+                         'config.json needs "tie_word_embeddings": false')
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise ValueError(f'{name} has numbers that are not finite: take earlier weights')
     return model
-
-def alternative(path):
-    """Return, as the end of an error line, what to do without the checkpoint at path."""
-    folder, name = os.path.split(path)
-    previous = os.path.join(folder, 'ckpt_prev.pt')
-    if name == 'model.pth' and os.path.exists(os.path.join(folder, 'ckpt.pt')):
-        return f'use --weights=last, or {os.path.join(folder, "ckpt.pt")}'
-    if name == 'ckpt.pt' and os.path.exists(previous):
-        try:
-            step = read_checkpoint(previous)['iter_num']
-            return f'ckpt_prev.pt is good (step {step}): train.py takes it as --ckpt=ckpt_prev.pt'
-        except ValueError:
-            return 'ckpt_prev.pt cannot be used either'
-    return 'train first, or give another --out_dir'
 
 def note_higher_rate(checkpoint, rate, process):
     """Say so if the learning rate is well above that of the last update before the checkpoint."""
@@ -176,23 +184,16 @@ def load_optimizers(path, checkpoint, optimizers, scaler):
 def load_optimizer(optimizer, saved):
     """Load the moments and the last learning rate; other hyperparameters keep this run's values.
 
-    ValueError says what does not fit: fused AdamW would write beyond a smaller tensor.
+    ValueError: moments of another shape, beyond which fused AdamW would write.
     """
-    if not isinstance(saved, dict) or not {'state', 'param_groups'} <= set(saved):
-        raise ValueError('it has no state of its optimizer')
-    names = ['step', 'exp_avg', 'exp_avg_sq']
-    if isinstance(optimizer, Muon):
-        names = ['momentum_buffer']
     params = [p for group in optimizer.param_groups for p in group['params']]
-    state, states = {}, saved['state']
-    for i, p in enumerate(params if states else ()):  # it is empty before the first update
-        shapes = {name: torch.Size() if name == 'step' else p.shape for name in names}
-        found = {name: getattr(t, 'shape', None) for name, t in states.get(i, {}).items()}
-        if found != shapes:
-            raise ValueError(f'the state of its optimizer does not fit: parameter {i} has other '
-                             'names or shapes')
+    state = {}
+    for i, p in enumerate(params if saved['state'] else ()):  # empty before the first update
         # clone, or the tensor stays backed by the memory-mapped checkpoint
-        state[i] = {name: t.clone() for name, t in states[i].items()}
+        state[i] = {name: t.clone() for name, t in saved['state'].get(i, {}).items()}
+        if {t.shape for name, t in state[i].items() if name != 'step'} != {p.shape}:
+            raise ValueError('the state of its optimizer does not fit: '
+                             f'parameter {i} has other shapes')
         if is_sharded(p):
             from torch.distributed.tensor import distribute_tensor
             state[i] |= {name: distribute_tensor(t.to(p.device), p.device_mesh, p.placements,

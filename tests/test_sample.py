@@ -1,5 +1,6 @@
 """sample.py: prompts, samples, exports, and weights of fewer bytes on a CPU."""
 import os
+import pathlib
 import pty
 import re
 import select
@@ -15,10 +16,12 @@ import configurator
 import sample
 from configurator import configure
 from data import runs
+from data.checkpoints import read_checkpoint
 from data.tokenizers import CharTokenizer
 from model import GPT, GPTConfig, KVCache
 from sample import place_for_generation, stored_linear, unescape
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics, script
@@ -112,7 +115,7 @@ def test_the_prompt_can_come_from_a_file_be_empty_or_be_too_long(trained, sample
 
 @pytest.mark.parametrize('arguments, words', [
     (['--start=Größe'], "'ß' 'ö'"), (['--start=FILE:nowhere'], 'nowhere: No such file'),
-    (['--out_dir=nowhere'], 'cannot use nowhere/model.pth: there is no such file; train first'),
+    (['--out_dir=nowhere'], 'cannot use nowhere/model.pth: there is no such file: train first'),
     (['--num_samples=0'], 'num_samples=0 must be between 1'),
     (['--max_new_tokens=0'], 'max_new_tokens=0 must be between 1'),
     (['--temperature=nan'], "temperature='nan' must be a number"),
@@ -141,7 +144,7 @@ def test_without_a_best_model_the_error_says_to_take_the_last(train_run, tmp_pat
     with pytest.raises(SystemExit) as e:
         sampled(f'--out_dir={out}')
     err = capsys.readouterr().err
-    assert e.value.code == 2 and 'there is no such file; use --weights=last' in err
+    assert e.value.code == 2 and 'there is no such file' in err
     assert 'step 3' in sampled(f'--out_dir={out}', '--weights=last')
 
 
@@ -279,12 +282,12 @@ def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_pa
     name = 'transformer.h.0.mlp.c_fc.weight'
     assert torch.equal(theirs[name].t(), weights[name])
     config = transformers.GPT2Config.from_pretrained(folder)  # its default is GPT-2's 50256
-    assert config.bos_token_id is None and config.eos_token_id is None
+    assert config.bos_token_id == config.eos_token_id == config.vocab_size - 1 == 92
     assert '2 x 20 tokens' in sampled(f'--init_from={folder}')
     os.remove(folder / 'tokenizer.json')
     for arguments, code, words in (
             ([f'--out_dir={trained}', f'--export={folder}'], 2, 'name another'),
-            ([f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}'], 1,
+            ([f'--out_dir={trained}', f'--export={trained / "model.pth" / "hf"}'], 2,
              'Not a directory'),
             ([f'--init_from={folder}'], 2, 'tokenizer')):
         with pytest.raises(SystemExit) as e:
@@ -293,29 +296,12 @@ def test_an_export_loads_in_transformers_and_comes_back(trained, sampled, tmp_pa
         assert e.value.code == code and words in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize('error, code, words', [
-    (OSError(28, 'No space left on device'), 1, 'No space left on device): '),
-    (ValueError('softcap=15 has no counterpart'), 2, 'softcap=15 has no'),
-    (KeyboardInterrupt(), None, ''), (TypeError('a bug'), None, '')])
-def test_an_export_that_fails_leaves_nothing(trained, sampled, tmp_path, monkeypatch, capsys,
-                                             error, code, words):
-    def fails(folder, model, tokenizer):
-        with open(os.path.join(folder, 'model.safetensors'), 'wb') as f:
-            f.write(b'half')
-        raise error
-    monkeypatch.setattr(sample, 'write_pretrained', fails)
-    with pytest.raises(SystemExit if code else type(error)) as e:
-        sampled(f'--out_dir={trained}', f'--export={tmp_path / "hf"}')
-    assert getattr(e.value, 'code', None) == code and words in capsys.readouterr().err
-    assert not (tmp_path / 'hf').exists()
-
-
-def test_a_model_that_gpt2_cannot_express_is_not_exported(train_run, tmp_path, sampled, capsys):
+def test_a_model_that_no_client_can_express_is_not_exported(train_run, tmp_path, sampled, capsys):
     train_run('--max_iters=1', '--rotary=True')
     with pytest.raises(SystemExit) as e:
         sampled(f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "hf"}')
     assert e.value.code == 2
-    assert 'rotary=True has no counterpart' in capsys.readouterr().err
+    assert 'rotary=True: no other program can express this' in capsys.readouterr().err
     assert not (tmp_path / 'hf').exists()
 
 
@@ -342,6 +328,81 @@ def test_mistakes_are_found_before_weights_are_fetched(sampled, monkeypatch, cap
     with pytest.raises(SystemExit) as e:
         sampled('--init_from=gpt2', mistake)
     assert e.value.code == 2 and words in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# checkpoints that people bring
+
+@pytest.fixture
+def theirs(trained):
+    """A checkpoint of nanoGPT, as a dict, for the path of the last weights."""
+    ours = torch.load(trained / 'model.pth')
+    names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    return {'model': ours['model'], 'optimizer': {'state': {}, 'param_groups': []},
+            'model_args': {name: ours['model_args'][name] for name in names}, 'iter_num': 3,
+            'best_val_loss': 3.5, 'config': {'dataset': 'topics'}}
+
+
+def test_numbers_of_numpy_and_names_of_wrapped_models_are_read(trained, sampled, theirs):
+    torch.save(theirs, trained / 'ckpt.pt')
+    command = f'--out_dir={trained}', '--weights=last', '--temperature=0'
+    expected = sampled(*command)
+    weights = dict(theirs['model'])
+    weights.pop('lm_head.weight')  # tied weights need one of the names
+    for prefix in ('module.', '_orig_mod.module.', 'module._orig_mod.'):
+        theirs['model'] = {prefix + name: tensor for name, tensor in weights.items()}
+        theirs['best_val_loss'], theirs['iter_num'] = np.float64(3.5), np.int64(3)
+        theirs['config'] |= {'more': [np.float32(0.5), np.bool_(True), np.uint8(7)]}
+        torch.save(theirs, trained / 'ckpt.pt')
+        speed = re.compile(r'in .* tokens/s')
+        assert speed.sub('', sampled(*command)) == speed.sub('', expected)
+        read = read_checkpoint(str(trained / 'ckpt.pt'))
+        values = [read['iter_num'], *read['config']['more']]
+        assert [(type(x), x) for x in values] == [(int, 3), (float, 0.5), (bool, True), (int, 7)]
+
+
+def test_nanogpts_characters_have_no_end_of_text(trained, sampled, theirs):
+    for name in ('transformer.wte.weight', 'lm_head.weight'):  # without the last row
+        theirs['model'][name] = theirs['model'][name][:-1].clone()
+    theirs['model_args']['vocab_size'] -= 1
+    torch.save(theirs, trained / 'ckpt.pt')
+    assert '2 x 20 tokens' in sampled(f'--out_dir={trained}', '--weights=last')
+    _, tokenizer = sample.load(str(trained / 'ckpt.pt'))
+    assert tokenizer.eot is None and tokenizer.vocab_size == theirs['model_args']['vocab_size']
+
+
+class Setting:
+    """A class of somebody's own."""
+
+
+@pytest.mark.parametrize('content, words', [
+    (lambda theirs: theirs['config'].update(path=pathlib.PurePosixPath('x')), 'PurePosixPath'),
+    (lambda theirs: theirs['config'].update(x=Setting()), 'test_sample.Setting'),
+    (lambda theirs: theirs.update(model=GPT(GPTConfig(32, 65, 1, 1, n_embd=8))), 'model.GPT')])
+def test_code_in_a_checkpoint_is_named(trained, sampled, theirs, capsys, content, words):
+    content(theirs)
+    torch.save(theirs, trained / 'ckpt.pt')
+    with pytest.raises(SystemExit) as e:
+        sampled(f'--out_dir={trained}', '--weights=last')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1
+    assert re.search(f'torch refuses it: \\S*{words} is code: save only tensors, numbers', err)
+
+
+@pytest.mark.parametrize('number', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_refused(trained, sampled, capsys, train_run, number):
+    for name, command in ('model.pth', sampled), ('ckpt.pt', train_run):
+        checkpoint = torch.load(trained / name)
+        checkpoint['model']['transformer.h.1.mlp.c_fc.weight'][3, 3] = number
+        torch.save(checkpoint, trained / name)
+        arguments = ['--temperature=0', f'--out_dir={trained}']
+        if command is train_run:
+            arguments = ['--init_from=resume', '--max_iters=20']
+        with pytest.raises(SystemExit) as e:
+            command(*arguments)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count('\n') == 1
+        assert 'transformer.h.1.mlp.c_fc.weight has numbers that are not finite' in err
 
 
 # -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import sample
 from configurator import configure
 from data import build, dataset, files
 from data.build import Texts, find_files
-from data.tokenizers import tokenizer_from_dict
+from data.tokenizers import CharTokenizer, tokenizer_from_dict
 
 import numpy as np
 import pytest
@@ -138,12 +138,29 @@ def test_each_file_and_each_line_of_jsonl_is_a_document(tmp_path):
     assert tokenizer.eot == 256 and meta['vocab_size'] == 257
     assert texts_of(np.concatenate([train, val]), tokenizer) == [*expected, '']
     assert sum(meta['bytes'].values()) == len(''.join(expected).encode())
-    # characters have no end-of-text token
+    # the end-of-text token of characters lies behind them
     meta, train, val = prepare(tmp_path, 'documents')
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert tokenizer.eot == len(tokenizer.chars) == meta['vocab_size'] - 1
+    assert texts_of(np.concatenate([train, val]), tokenizer) == [*expected, '']
+    assert sum(meta['bytes'].values()) == len(''.join(expected).encode())
+    # a tokenizer of an older dataset has none, so a line break follows each document
+    old = CharTokenizer(''.join(expected) + '\n').to_dict()
+    build.write_dataset('old', build.Texts(str(tmp_path)), old)
+    train, val = (np.fromfile(os.path.join(dataset_folder('old'), f'{split}.bin'), np.uint16)
+                  for split in ('train', 'val'))
+    tokenizer = tokenizer_from_dict(old)
     written = tokenizer.decode(train) + tokenizer.decode(val)
     assert written == ''.join(document + '\n' for document in expected)
-    assert sum(meta['bytes'].values()) == len(written.encode())
+
+
+def test_a_single_text_of_characters_has_no_end_of_text_and_the_same_ids_as_before(tmp_path):
+    text = ''.join(f'{i} times {i} is {i * i}\n' for i in range(100))
+    (tmp_path / 'x.txt').write_text(text)
+    meta, train, val = prepare(tmp_path / 'x.txt', 'single')
+    ids, eot = np.concatenate([train, val]), meta['tokenizer']['eot']
+    assert eot == meta['vocab_size'] - 1 and eot not in ids
+    assert ids.tolist() == CharTokenizer(text).encode(text).tolist()
 
 
 @pytest.mark.parametrize('step', [1, 2, 3, 7, 1000])
@@ -220,7 +237,7 @@ def test_another_field_of_json_is_read_or_all_of_it(tmp_path, capsys):
     (tmp_path / 'x.json').write_text(line * 2)
     meta, *ids = prepare(tmp_path / 'x.json', 'field', '--field=content')
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
-    assert ''.join(map(tokenizer.decode, ids)) == 'yes yes yes yes\n' * 2
+    assert ''.join(map(tokenizer.decode, ids)) == 'yes yes yes yes' * 2
     meta, *ids = prepare(tmp_path / 'x.json', 'field', '--field=')
     assert ''.join(map(tokenizer_from_dict(meta['tokenizer']).decode, ids)) == line * 2
     err = refused(capsys, tmp_path / 'x.json', 'field', '--field=body')
@@ -447,7 +464,7 @@ def test_more_than_65536_characters_take_four_bytes(tmp_path, process):
     text = ''.join(characters * 2)
     (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
     meta, train, val = prepare(tmp_path / 'x.txt', 'wide')
-    assert meta['dtype'] == 'uint32' and meta['vocab_size'] == len(characters) > 65536
+    assert meta['dtype'] == 'uint32' and meta['vocab_size'] == len(characters) + 1 > 65536
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     assert tokenizer.decode(train) + tokenizer.decode(val) == text
     assert train.max() > 65536

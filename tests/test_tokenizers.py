@@ -266,7 +266,7 @@ def test_a_damaged_tokenizer_is_refused(folder):
         read_tokenizer(str(folder))
     assert '\n' not in str(e.value)
     (folder / 'tokenizer.json').write_text('version https://git-lfs.github.com/spec/v1\noid ...')
-    with pytest.raises(ValueError, match="begins with 'version https://git.*git lfs pull"):
+    with pytest.raises(ValueError, match='is not a JSON object.*git lfs pull'):
         read_tokenizer(str(folder))
 
 
@@ -310,6 +310,43 @@ def test_characters_keep_the_order_of_their_ids():
     assert tokenizer.missing('zhxx') == 'xz'
 
 
+def test_characters_may_have_an_end_of_text_behind_them():
+    plain, ended = CharTokenizer('abc'), CharTokenizer('abc', eot=True)
+    assert plain.to_dict() == {'kind': 'char', 'chars': 'abc'}  # as in older datasets
+    assert ended.to_dict() == {'kind': 'char', 'chars': 'abc', 'eot': 3}
+    for tokenizer, size in (plain, 3), (ended, 4):
+        saved = json.loads(json.dumps(tokenizer.to_dict()))
+        assert tokenizer_size(saved) == tokenizer.vocab_size == size
+        again = tokenizer_from_dict(saved)
+        assert again.to_dict() == saved and again.encode('cab').tolist() == [2, 0, 1]
+    assert ended.decode([0, 3, 1]) == 'ab' and ended.token_bytes(3) == b''
+    assert ended.encode('', special=True).tolist() == []
+    with pytest.raises(ValueError, match="'<'"):
+        ended.encode('<|endoftext|>')
+
+
+def test_in_a_prompt_the_text_of_a_special_token_is_that_token(bpe, folder):
+    theirs = read_tokenizer(str(folder))
+    for tokenizer, end in ((CharTokenizer('ab\n', eot=True), 3), (own_byte_pairs(), 399),
+                           (GPT2Tokenizer(), 50256), (tokenizer_from_dict(theirs), 0)):
+        a, b = tokenizer.encode('a').tolist(), tokenizer.encode('b\n').tolist()
+        prompt = encode_prompt(tokenizer, '<|endoftext|>a<|endoftext|><|endoftext|>b\n')
+        assert prompt.tolist() == [[end, *a, end, end, *b]]
+    pad = tokenizer_from_dict(theirs)
+    assert encode_prompt(pad, '[PAD]').tolist() == [[1]]
+    assert 1 not in pad.encode('[PAD]')  # a text is plain text, before and after a prompt
+    # a vocabulary without such a token takes the characters
+    plain = CharTokenizer('<|endoftext|>')
+    assert encode_prompt(plain, '<|endoftext|>').shape == (1, 13)
+
+
+def test_an_empty_prompt_of_characters_is_a_newline_even_with_an_end_of_text(bpe):
+    assert encode_prompt(CharTokenizer('ab\n', eot=True), '').tolist() == [[0]]
+    assert encode_prompt(CharTokenizer('ab', eot=True), '').tolist() == [[0]]
+    assert encode_prompt(CharTokenizer(chars='ab\n'), '').tolist() == [[2]]
+    assert encode_prompt(GPT2Tokenizer(), '').tolist() == [[50256]]
+
+
 @pytest.mark.parametrize('ordered', [True, False])
 def test_exported_characters_are_read_by_transformers_and_back(tmp_path, ordered):
     text = ''.join(t for t in TEXTS if '<|' not in t)
@@ -338,7 +375,7 @@ def exported(train_run, tmp_path, capsys):
     sample.main()
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == (
-        f'exported to {tmp_path / "hf"}: transformers.GPT2LMHeadModel.from_pretrained('
+        f'exported to {tmp_path / "hf"}: transformers.AutoModelForCausalLM.from_pretrained('
         f"'{tmp_path / 'hf'}') loads it, and AutoTokenizer its tokenizer")
     return tmp_path / 'hf'
 

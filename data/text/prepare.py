@@ -9,7 +9,7 @@ Your own text: makes the dataset data/NAME from UTF-8 files.
 The input is a file, a folder, or a pattern in quotes. Files may be compressed by gzip. In a file of
 JSON, each line, or each item of a list, is one document: a string, or an object with the text in
 its field "text". Every other file is one document. If there are several, an end-of-text token
-follows each document; with --tokenizer=char, a line break does.
+follows each document.
 
 The last tenth of the text is for validation. If there are 100 documents or more, about one document
 in ten is.
@@ -25,7 +25,7 @@ from data.build import Texts, write_dataset
 from data.checkpoints import checkpoint_path, read_checkpoint
 from data.dataset import read_meta
 from data.files import DATA_DIR
-from data.huggingface import GPT2_NAMES
+from data.huggingface import GPT2_NAMES, HUB_NAME
 from data.tokenizers import tokenizer_size
 
 input = ''  # UTF-8 text: a file, a folder or a pattern, also of .gz and .jsonl files
@@ -64,7 +64,8 @@ def check_settings():
              "of letters, digits, '_', '-' and '.'")
     if os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
         fail(f'--name={name}: data/{name} has its own prepare.py: choose another name')
-    if tokenizer not in ('char', 'bpe', *GPT2_NAMES) and not os.path.exists(tokenizer):
+    if tokenizer not in ('char', 'bpe', *GPT2_NAMES) and not os.path.exists(tokenizer) \
+            and not re.fullmatch(HUB_NAME, tokenizer):
         fail(f"--tokenizer={tokenizer}: tokenizer is one of char, bpe, gpt2, or the path of a "
              "run's folder, a checkpoint, or a tokenizer.json")
     if vocab_size and (tokenizer != 'bpe' or vocab_size < 257):
