@@ -324,3 +324,22 @@ def test_without_matplotlib_a_note_takes_the_place_of_the_picture(tmp_path, comp
     write_runs(tmp_path, 'a', [1.45, 1.46])
     assert compare('a*')[-1] == 'note: no runs.png without matplotlib: pip install matplotlib'
     assert not os.path.exists('runs.png')
+
+
+def test_the_updates_are_counted_and_the_first_are_not_timed(process, monkeypatch):
+    bench_settings('--bench_steps=4', '--peak_tflops=1', '--n_embd=8', '--n_layer=1', '--n_head=1',
+                   '--batch_size=2', '--block_size=8')
+    shape = GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=1, n_embd=8)
+    learner, now, updates = train.make_learner(GPT(shape), process), 0.0, []
+
+    def update(learner, batches, factor, timed):
+        nonlocal now
+        updates.append(timed)
+        now += 100 if len(updates) <= 3 else len(updates)  # seconds
+        return {}, False, ''
+    monkeypatch.setattr(train, 'update', update)
+    monkeypatch.setattr(type(process), 'clock', lambda self, wait=True: now)
+    result = bench.time_updates(learner)
+    assert updates == [False] * (3 + 4)
+    assert (result['dt_min'], result['dt'], result['dt_max']) == (4, 5.5, 7)
+    assert result['sps'] == 2 / 5.5

@@ -686,3 +686,65 @@ def test_a_world_without_an_address_is_an_error(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     line, = fails(capsys, setup, device='cpu')
     assert 'MASTER_ADDR' in line and 'torchrun' in line
+
+
+# -----------------------------------------------------------------------------
+# small mistakes that no other test would notice
+
+def test_the_users_own_config_file_comes_before_quills_of_the_same_name(tmp_path, monkeypatch):
+    name = os.path.join('config', 'train_shakespeare_char_cpu.py')
+    (tmp_path / 'config').mkdir()
+    (tmp_path / name).write_text('n_layer = 77\n')
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert configure('train', [name])['n_layer'] == 77
+    finally:
+        configure('train', [])
+
+
+def test_one_process_of_each_node_works_and_rank_0_is_done_before_the_others_begin(monkeypatch):
+    events = []
+    monkeypatch.setattr(Process, 'gather', lambda self, x: events.append('wait'))
+    for rank, local_rank, allowed in ((0, 0, None), (1, 1, 0), (2, 0, 1), (3, 1, 0)):
+        process = Process(torch.device('cpu'), torch.float32, rank=rank, local_rank=local_rank,
+                          world_size=4)
+        events.clear()
+        process.once_per_node(lambda: events.append('work'))
+        assert events.count('wait') == 2  # each time, all processes wait for each other
+        if rank == 0:
+            assert events[0] == 'work'
+        else:
+            assert events.count('work') == allowed and events[0] == 'wait'
+
+
+@pytest.mark.parametrize('threads, expected', [('1', [4]), ('3', [])])
+def test_processes_of_one_machine_share_its_cores_unless_the_user_has_chosen(
+        monkeypatch, threads, expected):
+    chosen = []
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setenv('OMP_NUM_THREADS', threads)  # torchrun sets 1
+    setup(device='cpu', dtype='float32')
+    assert chosen == expected
+
+
+@pytest.mark.parametrize('supported, expected', [(True, 'bfloat16'), (False, 'float16')])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch, supported, expected):
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or supported
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', is_bf16_supported)
+    assert configurator.pick_dtype('cuda') == expected
+    assert configurator.pick_dtype('mps') == 'float32'
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_deterministic_refuses_kernels_whose_bits_vary(monkeypatch, deterministic):
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+    try:
+        setup(device='cpu', dtype='float32', deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert ('CUBLAS_WORKSPACE_CONFIG' in os.environ) == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop('CUBLAS_WORKSPACE_CONFIG', None)

@@ -1335,3 +1335,45 @@ def test_an_empty_cache_folder_for_gpt2s_tokens_means_the_default(bpe, monkeypat
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', '')
     GPT2Tokenizer()
     assert os.environ['TIKTOKEN_CACHE_DIR'] == str(tmp_path / 'gpt2_bpe')
+
+
+# -----------------------------------------------------------------------------
+# small mistakes that no other test would notice
+
+@pytest.mark.parametrize('vocab_size', [50257, 50304])  # nanoGPT pads a new vocabulary, too
+def test_a_checkpoint_of_nanogpt_with_gpt2s_tokens_needs_no_dataset(vocab_size):
+    checkpoint = {'model': {}, 'best_val_loss': 1.5, 'config': {'dataset': 'nowhere'},
+                  'model_args': {'vocab_size': vocab_size}}
+    checkpoints.adopt_nanogpt_checkpoint(checkpoint)
+    assert checkpoint['tokenizer'] == {'kind': 'gpt2'}
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, fsync, replace_ = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda *a: events.append('fsync') or fsync(*a))
+    monkeypatch.setattr(os, 'replace', lambda *a: events.append('replace') or replace_(*a))
+    files.write_atomic(str(tmp_path / 'file'), [b'content'])
+    assert events[:2] == ['fsync', 'replace']
+
+
+def test_a_damaged_file_of_gpt2s_tokenizer_is_downloaded_again(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr('tiktoken.get_encoding', lambda name: None)
+    monkeypatch.setattr(GPT2Tokenizer, 'FILES', {'vocab.bpe': hashlib.sha256(b'good').hexdigest()})
+    monkeypatch.setattr('data.tokenizers.download', lambda path, *_, **__: seen.append(path))
+    GPT2Tokenizer()
+    for content, left in ((b'bad', False), (b'good', True)):
+        with open(seen[0], 'wb') as f:
+            f.write(content)
+        GPT2Tokenizer()
+        assert os.path.exists(seen[-1]) == left
+    assert len(seen) == 3
+
+
+def test_a_cache_that_lacks_a_file_is_not_taken_for_the_weights(gpt2_hub, tmp_path):
+    cache = tmp_path / 'cache' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
+    cache.mkdir(parents=True)
+    shutil.copy(tmp_path / 'made' / 'config.json', cache)
+    weights = read_pretrained('gpt2')['model']
+    assert torch.equal(weights['transformer.wte.weight'], gpt2_hub.transformer.wte.weight)

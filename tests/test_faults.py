@@ -118,7 +118,7 @@ import sample
 import train
 from configurator import Process, configure
 from data import build, runs
-from data.checkpoints import read_checkpoint
+from data.checkpoints import VERSION, read_checkpoint
 from data.dataset import Tokens
 from model import GPT
 from train import SIGNALS
@@ -800,7 +800,8 @@ class Evil:
 
 # kind of damage: (keys of the checkpoint that are replaced, words of the error)
 CHANGES = {
-    'newer': ({'format': 99}, 'format 99 is newer'),
+    'newer': ({'format': VERSION + 1}, f'format {VERSION + 1} is newer'),
+    'no number': ({'format': '1'}, 'format 1 is newer'),
     'no optimizer': ({'optimizer': None}, 'no optimizer'),
     'no position': ({'position': None}, 'no position'),
     'shape': ({'model_args': {'n_embd': 64}}, 'do not fit'),
@@ -1362,3 +1363,60 @@ def test_a_run_with_fsdp_goes_on_in_one_process(train_run, fails, tmp_path, caps
     assert train_run('--init_from=resume', '--max_iters=6')['config']['parallel'] == 'ddp'
     assert 'note: --parallel=ddp, because' in capsys.readouterr().out
     assert 'use --parallel=ddp' in fails('--init_from=resume', '--max_iters=9', '--parallel=fsdp')
+
+
+# ---- small mistakes that no other test would notice
+
+@pytest.mark.parametrize('world_size, seconds, exits', [
+    (1, 0.1, [130]), (2, 0.1, []), (2, 0.9, []), (2, 1.1, [130])])
+def test_a_second_ctrl_c_exits_but_torchruns_echo_of_the_first_does_not(
+        monkeypatch, world_size, seconds, exits):
+    process = Process(torch.device('cpu'), torch.float32, world_size=world_size)
+    codes, now = [], 5.0
+    with train.restoring_signals(), monkeypatch.context() as patch:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's processes ignore it
+        patch.setattr(time, 'monotonic', lambda: now)
+        patch.setattr(os, '_exit', codes.append)
+        caught = train.catch_signals(process)
+        signal.raise_signal(signal.SIGINT)
+        now += seconds
+        signal.raise_signal(signal.SIGINT)
+    assert caught[0] == signal.SIGINT and codes == exits
+
+
+def test_the_position_in_the_data_counts_every_micro_batch(train_run, read_at):
+    train_run(*FAST, '--gradient_accumulation_steps=2', '--train_iters=3')
+    assert read_at == [0, 4, 8, 12, 16, 20]
+    read_at.clear()
+    resumed = train_run('--init_from=resume', '--train_iters=1', '--skip_batches=5')
+    assert read_at == [(3 + 5) * 8, (3 + 5) * 8 + 4] and resumed['position'] == (4 + 5) * 8
+
+
+def test_ranks_that_resume_at_different_steps_are_refused(train_run, fails, tmp_path, monkeypatch):
+    train_run(*FAST, '--train_iters=3')
+    before = snapshot(tmp_path)
+    # as if rank 1 saw another folder of this name, whose run has gone on
+    monkeypatch.setattr(Process, 'gather', lambda self, x: [x, 6] if x == 3 else [x])
+    assert 'ranks resume at steps [3, 6]: do all see the same' in fails('--init_from=resume')
+    assert snapshot(tmp_path) == before
+
+
+def test_rows_of_metrics_are_json_also_after_an_overflow(tmp_path):
+    rows = runs.Metrics(str(tmp_path), -1)
+    rows.write(step=1, norm=float('inf'), loss=float('nan'), mfu=None, dt=0.5)
+    with open(rows.path, encoding='utf-8') as f:
+        row = json.loads(f.read(), parse_constant=pytest.fail)  # it is called for NaN and Infinity
+    assert row == {'step': 1, 'norm': None, 'loss': None, 'mfu': None, 'dt': 0.5}
+
+
+def test_resuming_renames_nothing_that_is_as_old_as_the_checkpoint(train_run, tmp_path):
+    train_run(*FAST, '--train_iters=6')
+    before = set(os.listdir(tmp_path / 'out'))
+    train_run('--init_from=resume', '--train_iters=1')
+    assert set(os.listdir(tmp_path / 'out')) == before
+
+
+def test_weights_are_not_trained_on_longer_sequences_than_before(train_run, fails, tmp_path):
+    train_run(*FAST, '--rotary=True', '--max_iters=3')  # rotary would take any length in silence
+    err = fails(f'--init_from={tmp_path / "out"}', '--block_size=64', out=tmp_path / 'next')
+    assert 'block_size=64 but the model' in err and not (tmp_path / 'next').exists()

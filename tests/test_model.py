@@ -379,7 +379,10 @@ def test_generation_is_repeatable_and_never_leaves_the_vocabulary():
     (dict(), [.4, .3, .2, .1]), (dict(top_k=2), [.4, .3, 0, 0]), (dict(top_k=9), [.4, .3, .2, .1]),
     (dict(top_p=.65), [.4, .3, 0, 0]), (dict(top_p=.05), [.4, 0, 0, 0]),
     (dict(top_p=.75), [.4, .3, .2, 0]), (dict(temperature=.5), [.16, .09, .04, .01]),
-    (dict(temperature=0), [1, 0, 0, 0])])
+    (dict(temperature=0), [1, 0, 0, 0]),
+    # top_p counts the probabilities after temperature and top_k
+    (dict(temperature=.5, top_p=.5), [1, 0, 0, 0]), (dict(top_k=3, top_p=.42), [1, 0, 0, 0]),
+    (dict(top_k=3, top_p=.5), [.4, .3, 0, 0])])
 def test_draws_follow_the_stated_distribution(settings, kept):
     expected = torch.tensor(kept) / sum(kept)
     order = torch.tensor([2, 0, 3, 1])  # the most likely one is not the first
@@ -410,6 +413,7 @@ def test_dropout_keeps_the_mean_and_drops_p():
     assert (dropped.flatten()[:1000 * 1000].view(-1, 8).mean(0) - p).abs().max() < 0.006
     assert not torch.equal(drop(x), y) and torch.equal(drop.eval()(x), x)
     assert Dropout(0.0).train()(x) is x
+    assert not Dropout(0.001).train()(x).all()  # a small p is not rounded to zero
 
 
 def test_dropout_masks_do_not_depend_on_how_rows_are_divided():
@@ -439,10 +443,11 @@ def test_attention_dropout_drops_whole_keys():
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-def test_activation_checkpointing_gives_the_same_gradients_with_dropout():
+@pytest.mark.parametrize('variant', [{}, MODERN])
+def test_activation_checkpointing_gives_the_same_gradients_with_dropout(variant):
     grads, kept = [], [0, 0]  # kept: bytes that the backward pass needs
     for on in (False, True):
-        model = make(dropout=0.3).train()
+        model = make(dropout=0.3, **variant).train()
         model.activation_checkpointing = on
         torch.manual_seed(7)
 
@@ -548,3 +553,91 @@ def test_generation_does_without_cudnns_attention_and_restores_it():
     for _ in model.eval().generate(torch.zeros(1, 1, dtype=torch.int64), 3):
         assert cudnn.cudnn_sdp_enabled() == before
     assert before and seen == [False] * 3
+
+
+# -----------------------------------------------------------------------------
+# small mistakes that no other test would notice
+
+@pytest.mark.parametrize('variant', [
+    dict(qk_norm=True), dict(rotary=True),
+    dict(rotary=True, half_rotary=True, qk_norm=True, attn_scale=0.12)])
+def test_attention_equals_its_formula_in_complex_numbers(variant):
+    model, seen = make(n_layer=1, **variant), {}  # two heads of 16 channels: 8 pairs
+    attention = model.transformer.h[0].attn
+    attention.register_forward_hook(lambda module, inputs, y: seen.update(x=inputs[0], y=y))
+    model(torch.randint(50, (3, 16)))
+    q, k, v = (t.view(3, 16, 2, 16).transpose(1, 2).double()
+               for t in attention.c_attn(seen['x']).split(32, dim=-1))
+    if 'qk_norm' in variant:
+        q, k = (t - t.mean(-1, keepdim=True) for t in (q, k))
+        q, k = (t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt() for t in (q, k))
+    if 'rotary' in variant:
+        frequencies = [10000 ** (-i / 8) for i in range(8)]
+        if 'half_rotary' in variant:
+            frequencies = [1024 ** (-i / 3) for i in range(4)] + [0.0] * 4
+        angles = torch.outer(torch.arange(16.0), torch.tensor(frequencies)).double()
+        turn = torch.polar(torch.ones_like(angles), angles)  # position t turns by t * frequency
+        q, k = (torch.complex(t[..., :8], t[..., 8:]) * turn for t in (q, k))
+    scores = (q @ k.mH).real * variant.get('attn_scale', 1 / 4)
+    weights = scores.masked_fill(torch.ones(16, 16).triu(1).bool(), -torch.inf).softmax(-1)
+    expected = attention.c_proj((weights @ v).transpose(1, 2).flatten(2).float())
+    assert torch.allclose(seen['y'], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+def test_norms_add_1e_5_to_the_mean_square(norm):
+    layer = make(norm=norm).transformer.ln_f
+    x = 0.003 * torch.randn(2, 3, 32)  # so small that 1e-5 is half of the sum
+    mean, bias = 0, 0
+    if norm == 'layernorm':
+        mean, bias = x.mean(-1, keepdim=True), layer.bias
+    square = (x - mean).square().mean(-1, keepdim=True)
+    expected = (x - mean) / (square + 1e-5).sqrt() * layer.weight + bias
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('top_p, kept', [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_top_p_keeps_the_token_that_reaches_it_exactly_and_none_after_it(top_p, kept):
+    logits = torch.zeros(500, 4)  # four probabilities of exactly 1/4
+    ids = draw(logits, top_p=top_p, generator=torch.Generator().manual_seed(0))
+    assert len(ids.unique()) == kept
+
+
+def test_activation_checkpointing_leaves_generation_as_it_is():
+    model, idx = make(**MODERN), torch.randint(50, (2, 4))
+    expected = greedy(model, idx, 10)
+    model.activation_checkpointing = True
+    assert torch.equal(greedy(model, idx, 10), expected)
+
+
+def test_dropout_acts_on_the_embeddings_and_on_both_outputs_of_a_block():
+    model, seen = make(dropout=0.5), []
+    block = model.transformer.h[0]
+    block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for part in (block.attn, block.mlp):
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.train()(torch.randint(50, (4, 16)))
+    assert len(seen) == 3 and all(0.4 < (x == 0).float().mean() < 0.6 for x in seen)
+    model.eval()(torch.randint(50, (4, 16)))
+    assert all(x.all() for x in seen[3:])
+
+
+def test_what_a_cache_would_answer_wrongly_is_refused():
+    model, cache = make(), KVCache(16)
+    with pytest.raises(ValueError, match='17 tokens exceed block_size=16'):
+        model(torch.zeros(1, 17, dtype=torch.int64))
+    model(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
+    with pytest.raises(ValueError, match='one token at a time'):
+        model(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
+
+
+def test_a_model_that_is_compiled_in_parts_is_compiled_for_training_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, 'compile', lambda part: lambda *a: calls.append(part) or part(*a))
+    model, idx = make(), torch.randint(50, (2, 16))
+    model.compile_in_parts()
+    model(idx, idx)
+    greedy(model, idx, 3)
+    assert not calls
+    model.train()(idx, idx)
+    assert len(calls) == 2 + 1  # two blocks, and the loss

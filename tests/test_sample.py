@@ -537,3 +537,60 @@ def test_stop_and_start_may_name_line_breaks_and_tabs(trained, sampled):
                     '--max_new_tokens=300', f'--stop={stop}').split('[a')[1]
              for stop in (r'\n', '\n', '')]
     assert texts[0] == texts[1] != texts[2]
+
+
+# -----------------------------------------------------------------------------
+# small mistakes that no other test would notice
+
+class Scripted:
+    """Stands in for a model: writes given texts, one character of each at a time."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size):
+        self.settings = max_new_tokens, temperature, top_k, top_p, vocab_size
+        for characters in zip(*self.texts):
+            yield torch.tensor([ord(c) - ord('a') for c in characters])
+
+
+@pytest.mark.parametrize('texts, n, shown', [
+    (['abxzzz', 'cccccc'], 6, ['ab', 'cccccc']), (['cxcccc', 'bbbxbb'], 4, ['c', 'bbb'])])
+def test_a_sample_that_meets_its_stop_leaves_the_others_alone(capsys, texts, n, shown):
+    configure('sample', ['--stop=x'])
+    tokenizer = CharTokenizer('abcdefghijklmnopqrstuvwxyz')
+    written = sample.write_samples(Scripted(*texts), tokenizer, '', torch.zeros(2, 1), None)
+    configure('sample', [])
+    assert written == n
+    assert capsys.readouterr().out.split('\n---------------\n') == [*shown, '']
+
+
+def test_the_settings_of_generation_reach_the_model(capsys):
+    configure('sample', ['--max_new_tokens=9', '--temperature=0.7', '--top_k=5', '--top_p=0.6'])
+    model = Scripted('a')
+    sample.write_samples(model, CharTokenizer('abc'), '', torch.zeros(1, 1), None)
+    configure('sample', [])
+    assert model.settings == (9, 0.7, 5, 0.6, 3)
+
+
+def test_the_text_of_a_model_in_training_is_written_without_dropout():
+    texts, tokenizer = [], CharTokenizer('abcdefghij')
+    for dropout in (0.0, 0.5):
+        torch.manual_seed(0)
+        shape = GPTConfig(block_size=16, vocab_size=10, n_layer=1, n_head=1, n_embd=16,
+                          dropout=dropout)
+        model = GPT(shape).train()
+        with torch.no_grad():
+            model.transformer.wte.weight.mul_(50)  # what the model prefers depends on its input
+        generator = torch.Generator().manual_seed(1)
+        texts.append(sample.continue_text(model, tokenizer, 'abc', 30, generator))
+        assert model.training
+    assert texts[0] == texts[1] and texts[0].startswith('[abc]') and len(texts[0]) == 35
+
+
+def test_an_empty_prompt_of_characters_is_a_newline_or_the_first_token():
+    for characters, ids in (('\tab\n', [[1]]), ('abc', [[0]])):
+        assert sample.encode_prompt(CharTokenizer(characters), '').tolist() == ids
+    # the prompt that nobody chose gives way to an empty one if the vocabulary lacks a character
+    assert sample.pick_prompt(CharTokenizer('abc'), 'What?', given=False) == ''
+    assert sample.pick_prompt(CharTokenizer('abc'), 'cab', given=False) == 'cab'

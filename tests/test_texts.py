@@ -527,3 +527,31 @@ print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
         peaks.append(int(out.split('peak ')[1]) // 1000)
     assert peaks[1] < peaks[0] + 150, peaks  # MB; the text alone has 150
     assert peaks[1] < 1000
+
+
+# -----------------------------------------------------------------------------
+# small mistakes that no other test would notice
+
+def test_an_empty_document_is_none(tmp_path):
+    (tmp_path / 'a.txt').write_text('first')
+    (tmp_path / 'b.txt').write_bytes(b'')
+    (tmp_path / 'c.jsonl').write_text('{"text": ""}\n{"text": "second"}\n')
+    texts = Texts(str(tmp_path))
+    assert list(texts.blocks('reading')) == ['first', None, 'second', None]
+    assert texts.documents == 2
+
+
+@pytest.mark.parametrize('n', [99, 100])
+def test_a_hash_chooses_from_100_documents_on(tmp_path, n):
+    documents = [f'Document {i} is here.' for i in range(n)]
+    (tmp_path / 'x.jsonl').write_text(''.join(f'{{"text": "{text}"}}\n' for text in documents))
+    meta, train, val = prepare(tmp_path / 'x.jsonl', 'hundred', '--tokenizer=bpe',
+                               '--vocab_size=300', '--val_fraction=0.5')
+    chosen = texts_of(val, tokenizer_from_dict(meta['tokenizer']))
+    assert (set(documents[-20:]) <= set(chosen)) == (n == 99)  # the end, or half of all
+
+
+def test_the_fraction_for_validation_is_one_of_the_characters_that_are_kept(tmp_path):
+    (tmp_path / 'x.txt').write_text('?' * 100 + 'ab' * 50)
+    build.write_dataset('kept', str(tmp_path / 'x.txt'), {'kind': 'char', 'chars': 'ab'}, drop=True)
+    assert read_dataset('kept')[0]['tokens'] == {'train': 90, 'val': 10}

@@ -119,7 +119,8 @@ def sentencepiece_like():
 
 def test_the_bytes_of_sentencepiece_like_tokens_make_up_the_text(tmp_path):
     theirs = sentencepiece_like()
-    theirs.enable_truncation(4)  # a setting of someone's training, which would cut texts
+    theirs.enable_truncation(4)  # settings of someone's training, which would cut or fill texts
+    theirs.enable_padding(length=99)
     theirs.save(str(tmp_path / 'tokenizer.json'))
     (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": {"content": "</s>"}}')
     ours = tokenizer_from_dict(read_tokenizer(str(tmp_path)))
@@ -511,3 +512,8 @@ def test_gpt2_with_a_pad_token_trains_and_samples(bpe, tmp_path, text, capsys):
     configure('sample', [f'--init_from={tmp_path / "hf"}', '--max_new_tokens=5'])
     sample.main()
     assert '10 x 5 tokens' in capsys.readouterr().out
+
+
+def test_half_of_a_character_is_decoded_to_the_replacement_character():
+    ours = own_byte_pairs()  # the first 256 tokens are the single bytes
+    assert ours.decode([0xe2, *b'ab']) == '\ufffdab'

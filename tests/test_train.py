@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import model as quill_model
 import sample
@@ -25,6 +26,7 @@ from train import evaluate, lr_factor, make_learner, make_optimizers, update
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, metrics, same_tensors, script, snapshot, unigram_entropy
 
 
@@ -1222,3 +1224,150 @@ learning_rate = 1e-9
     one, two = (metrics(tmp_path / name)[1] for name in ('0', '2'))
     for a, b in zip(one, two):
         assert a['val_loss'] == pytest.approx(b['val_loss'], abs=1e-5)
+
+
+@dataclasses.dataclass
+class SendingProcess(Process):
+    """Rank 0 keeps what it broadcasts in a list, from which other ranks take it."""
+    sent: list = None
+
+    def broadcast(self, tensor):
+        if self.rank == 0:
+            self.sent.append(tensor.clone())
+        else:
+            tensor.copy_(self.sent.pop(0))
+        return tensor
+
+
+def test_every_rank_takes_the_weights_of_rank_0(configured):
+    configured('--batch_size=4')
+    sent, weights = [], []
+    for rank in range(2):
+        process = SendingProcess(torch.device('cpu'), torch.float32, rank=rank, world_size=2,
+                                 sent=sent)
+        torch.manual_seed(rank)  # another kind of CPU draws other numbers from the same seed
+        shape = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=8)
+        weights.append(dict(make_learner(GPT(shape), process).model.state_dict()))
+    assert not sent and same_tensors(*weights)
+
+
+# -----------------------------------------------------------------------------
+# small mistakes that no other test would notice
+
+def one_of_two(rank=0, dtype=torch.float32):
+    """Return the Process of one of two ranks, which does not talk to the other."""
+    return ThreadProcess(torch.device('cpu'), dtype, rank=rank, world_size=2, seed=1)
+
+
+def test_the_speeds_of_two_processes_by_hand(small_learner):
+    learner = small_learner('--batch_size=4', '--gradient_accumulation_steps=2', '--block_size=16',
+                            process=one_of_two())
+    row = train.speeds(0.5, learner, 1e9)  # seconds per update, and FLOP/s of one process
+    assert (row['sps'], row['tps']) == (2 * 4 / 0.5, 2 * 4 * 16 / 0.5)
+    assert (row['sps_per_gpu'], row['tps_per_gpu']) == (8, 128)
+    assert row['mfu'] == pytest.approx(100 * 128 * learner.model.flops_per_token() / 1e9)
+
+
+def test_ranks_that_share_a_micro_batch_drop_what_one_process_drops(
+        small_learner, tokens, process):
+    x, y = tokens().train_batch(0, 4, process)
+
+    def loss(rows, seed, process=process):
+        learner = small_learner('--batch_size=4', process=process, dropout=0.3)
+        torch.manual_seed(seed)
+        return learner.forward(x[rows], y[rows])[1].item()
+    halves = [loss(slice(2 * rank, 2 * rank + 2), 5, one_of_two(rank)) for rank in range(2)]
+    assert sum(halves) / 2 == pytest.approx(loss(slice(4), 5), abs=1e-6)
+    assert abs(loss(slice(4), 5) - loss(slice(4), 6)) > 1e-4
+
+
+def test_every_micro_batch_of_every_update_has_its_own_dropout(small_learner, tokens):
+    learner = small_learner('--gradient_accumulation_steps=3', '--batch_size=2')
+    seeds = []
+    for it in range(4):
+        batches = train.training_batches(learner, tokens(), train.Progress(iter_num=it))
+        seeds += [seed for seed, _, _ in batches]
+    assert len(set(seeds)) == len(seeds) == 12
+
+
+def test_an_evaluation_drops_nothing(small_learner, tokens):
+    without, with_dropout = (evaluate(small_learner('--batch_size=2', dropout=p), tokens(), 2)
+                             for p in (0.0, 0.5))
+    assert without == with_dropout
+
+
+def test_a_linear_decay_does_not_begin_before_the_warmup_ends(configured):
+    configured('--lr_schedule=linear', '--warmup_iters=50', '--max_iters=100', '--decay_frac=1',
+               '--learning_rate=1e-3', '--min_lr=1e-4')
+    assert lr_factor(49) == pytest.approx(50 / 51)
+    assert [lr_factor(it) for it in (50, 75, 100)] == pytest.approx([1, 0.55, 0.1])
+
+
+@pytest.mark.parametrize('dtype, kept', [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32)])  # in float16, small entries would underflow
+def test_hyperparameters_reach_their_optimizers(configured, dtype, kept):
+    configured('--optimizer=muon', '--beta1=0.8', '--beta2=0.9', '--weight_decay=0.3',
+               '--muon_lr=0.07', '--muon_momentum=0.6')
+    model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=8))
+    adamw, muon = make_optimizers(model, one_of_two(dtype=dtype))
+    assert adamw.defaults['betas'] == (0.8, 0.9)
+    assert muon.defaults == {'lr': 0.07, 'momentum': 0.6, 'weight_decay': 0.3}
+    assert muon.dtype == kept
+
+
+def test_an_epoch_may_begin_at_any_of_the_first_tokens_and_at_no_other(tokens, process):
+    data, first = tokens(), set()
+    for epoch in range(300):
+        x, y = data.train_batch(epoch * data.windows_per_epoch, data.windows_per_epoch, process)
+        first.add(x.min().item())
+    # 61 windows of 16 take 976 of the 999 predictions; a 62nd would leave 8 places to begin
+    assert data.windows_per_epoch == 61 and first == set(range(999 - 976 + 1))
+
+
+@pytest.mark.parametrize('parallel, fits', [('ddp', False), ('fsdp', True)])
+def test_shards_of_a_model_may_fit_where_the_whole_does_not(
+        configured, monkeypatch, capsys, parallel, fits):
+    configured(f'--parallel={parallel}')
+    shape = GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=1024)  # 12.6M weights
+    monkeypatch.setattr(train.configurator, 'total_memory', lambda device: 0.15e9)
+    if fits:
+        train.need_memory(shape, one_of_two())
+    else:
+        with pytest.raises(SystemExit, match='2'):
+            train.need_memory(shape, one_of_two())
+        assert 'takes 0.2 GB in training' in capsys.readouterr().err
+
+
+def test_sharded_gradients_are_summed_after_the_last_micro_batch_only(
+        small_learner, tokens, process):
+    x, y = tokens().train_batch(0, 6, process)
+    batches = [(0, *pair) for pair in zip(x.chunk(3), y.chunk(3))]
+    arguments = ['--gradient_accumulation_steps=3', '--batch_size=2']
+    whole = small_learner(*arguments)
+    expected, _, _ = update(whole, batches, 1.0)
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        learner, summed = small_learner(*arguments), []
+        learner.model = learner.forward = quill_model.shard(learner.model, process)
+        learner.optimizers = make_optimizers(learner.model, process)
+        learner.params = list(learner.model.parameters())
+
+        def watched():
+            for batch in batches:
+                summed.append(any(p.grad is not None for p in learner.params))
+                yield batch
+        row, stop, bad = update(learner, watched(), 1.0)
+        weights = {k: v.full_tensor() for k, v in learner.model.state_dict().items()}
+    finally:
+        dist.destroy_process_group()
+    assert summed == [False] * 3
+    assert row['norm'] == pytest.approx(expected['norm'], rel=1e-5)
+    assert largest_difference(weights, whole.model.state_dict()) < 1e-5
+
+
+def test_only_gpt2s_vocabulary_is_padded_for_speed(configured, process):
+    configured('--n_layer=1', '--n_embd=6')
+    for size, rows in ((65, 65), (50256, 50256), (50257, 50304), (50258, 50258)):
+        model = train.make_model(None, types.SimpleNamespace(vocab_size=size), process)
+        assert model.config.vocab_size == rows
