@@ -47,7 +47,7 @@ def main():
     vocab_size = 65 if train.dataset.endswith('_char') else 50257
     if not missing_file(train.dataset):
         vocab_size = read_meta(train.dataset)['vocab_size']
-    learner = train.make_learner(GPT(train.model_shape(vocab_size)), process)
+    learner = train.make_learner(GPT(train.model_config(vocab_size)), process)
     result = dict(device=str(process.device), dtype=str(process.dtype)[6:], compile=process.compile,
                   world_size=process.world_size, params=learner.model.num_params())
     if task == 'speed':

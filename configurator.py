@@ -183,8 +183,9 @@ def apply_settings(name, given, saved, base=None, check=lambda: []):
             if settings[key] not in choices:
                 problems.append(f'{key}={settings[key]} must be one of '
                                 + ', '.join(map(str, choices)))
-        for key, (low, high) in getattr(module, 'LIMITS', {}).items():
-            if not low <= settings[key] <= high:
+        for key in module._defaults:
+            low, high = getattr(module, 'LIMITS', {}).get(key, (0, 1e9))
+            if type(settings[key]) in (int, float) and not low <= settings[key] <= high:
                 problems.append(f'{key}={settings[key]} must be between {low} and {high:g}')
     problems += check()
     if problems:

@@ -13,7 +13,7 @@ import time
 import configurator
 from configurator import DTYPES, fail, one_line_errors, pick_device, run_main, setup
 from data.build import read_text
-from data.checkpoints import load_model, read_weights, usable
+from data.checkpoints import checkpoint_path, load_model, read_weights, usable
 from data.gguf import write_gguf
 from data.huggingface import write_pretrained
 from data.runs import read_runs
@@ -106,11 +106,16 @@ def find_weights():
     """Return the weights that the settings name, as a source for load()."""
     folder = out_dir if init_from == 'resume' else init_from
     if not folder:
-        runs = [run for run in read_runs() if os.path.isdir(run)]
+        runs = [run for run in read_runs() if checkpoint_path(run)]
         if not runs:
-            fail('nothing has been trained yet: run python train.py, or give --out_dir')
+            fail('nothing has been trained yet: give --out_dir, or run '
+                 'python train.py config/train_shakespeare_char.py --max_seconds=300')
         folder = runs[-1]
-    path = os.path.join(folder, 'model.pth' if weights == 'best' else 'ckpt.pt')
+    best, last = os.path.join(folder, 'model.pth'), os.path.join(folder, 'ckpt.pt')
+    if weights == 'best' and os.path.exists(last) and not os.path.exists(best):
+        print(f'note: {folder} has no model.pth, which the first evaluation writes: last weights')
+        return last
+    path = best if weights == 'best' else last
     return path if init_from == 'resume' or os.path.exists(path) else folder
 
 def export_model(model, tokenizer):

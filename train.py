@@ -1,9 +1,9 @@
 """
 Train a GPT, in one process or in many.
 
-    python train.py config/train_shakespeare_char.py --max_iters=500
-    python train.py --out_dir=out-shakespeare-char --init_from=resume --max_iters=1000
-    torchrun --nproc_per_node=8 train.py
+    python train.py config/train_shakespeare_char.py --max_seconds=300
+    python train.py --out_dir=out-shakespeare-char --init_from=resume --max_seconds=600
+    torchrun --nproc_per_node=8 train.py config/train_gpt2.py
 
 Config files and --key=value override the settings below. Sample from the result with sample.py.
 """
@@ -12,6 +12,8 @@ import gc
 import math
 import os
 import signal
+import textwrap
+import threading
 import time
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -37,7 +39,7 @@ ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume; supplies the settings not g
 eval_interval = 250  # updates between evaluations (each also samples and saves)
 eval_iters = 200  # batches per split in an evaluation; 0: all. Random weights: 10 at most
 eval_only = False  # evaluate once, write nothing and exit
-log_interval = 10  # updates between log lines
+log_interval = 10  # updates between log lines; a line also comes after ten seconds without one
 always_save_checkpoint = False  # write model.pth at each evaluation, even if not best
 sample_prompt = 'What is an LLM?'  # continued at every evaluation
 sample_tokens = 256  # length of the continuation; 0 disables it
@@ -81,6 +83,7 @@ head_lr = 0.0  # peak learning rate of an untied output matrix; 0: learning_rate
 muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # momentum of Muon
 max_iters = 5000  # number of updates
+max_seconds = 0.0  # seconds of training after which a run ends, before max_iters; 0: no limit
 train_iters = 0  # updates before this launch stops (and can be resumed); 0: no limit
 weight_decay = 0.1  # applies to matrices only, embeddings included
 beta1 = 0.9  # decay of AdamW's mean of gradients
@@ -89,7 +92,7 @@ grad_clip = 1.0  # largest gradient norm; 0 disables clipping
 # learning rate
 decay_lr = True  # False: constant learning rates, without warmup
 lr_schedule = 'cosine'  # shape of the decay
-warmup_iters = 100  # updates of linear warmup
+warmup_iters = 100  # updates of linear warmup; unless given, a tenth of the run at most
 lr_decay_iters = 0  # update at which the decay ends; 0 means max_iters
 decay_frac = 0.4  # fraction of the run that decays, for lr_schedule=linear
 min_lr = 1e-4  # final learning_rate; the other rates fall in proportion
@@ -103,7 +106,7 @@ compile = 'auto'  # use torch.compile; auto: only for long runs on a GPU
 backend = 'auto'  # backend of torch.distributed
 parallel = 'ddp'  # every process holds the whole model (ddp) or a shard of it (fsdp)
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, more time
-peak_tflops = 0.0  # peak of one device, for mfu; 0 looks it up, or measures a CPU
+peak_tflops = 0.0  # peak of one device, for mfu; 0 looks a GPU up, and a CPU has no mfu
 
 def cosine(it, end):
     """Fall from 1 to 0 along half a cosine after the warmup."""
@@ -118,27 +121,28 @@ CHOICES = dict(
     activation=ACTIVATIONS, norm=NORMS, optimizer=('adamw', 'muon'), lr_schedule=SCHEDULES,
     parallel=('ddp', 'fsdp'), compile=('auto', True, False), dtype=configurator.DTYPES,
     backend=('auto', 'nccl', 'gloo'))
-POSITIVE, NOT_NEGATIVE, BELOW_ONE = (1, 1e9), (0, 1e9), (0, 0.999999)
-LIMITS = dict(
+POSITIVE, BELOW_ONE = (1, 1e9), (0, 0.999999)
+LIMITS = dict(  # no other number may be negative
     eval_interval=POSITIVE, log_interval=POSITIVE, gradient_accumulation_steps=POSITIVE,
-    batch_size=POSITIVE, timeout_s=POSITIVE, eval_iters=NOT_NEGATIVE, sample_tokens=NOT_NEGATIVE,
-    max_iters=NOT_NEGATIVE, train_iters=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE,
-    min_lr=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, grad_clip=NOT_NEGATIVE,
-    weight_decay=NOT_NEGATIVE, skip_batches=NOT_NEGATIVE, peak_tflops=NOT_NEGATIVE,
-    embed_lr=NOT_NEGATIVE, head_lr=NOT_NEGATIVE, learning_rate=(1e-99, math.inf),
+    batch_size=POSITIVE, timeout_s=POSITIVE, learning_rate=(1e-99, math.inf),
     muon_lr=(1e-99, math.inf), seed=(0, 2**63 - 1), beta1=BELOW_ONE, beta2=BELOW_ONE,
     muon_momentum=BELOW_ONE, decay_frac=(0, 1))
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
 MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
+SILENCE_S = 300  # a short evaluation with a sample comes after so many seconds without any
 _given = set()  # the keys that the user set, filled by configurator.py
 
 LEGEND = """legend of the log lines:
-  step     updates done                        loss         mean over the batch, nats per token
+  step     updates done / of all               loss         mean over the batch, nats per token
   dt       seconds per update (mean)           dtf, dtb     forward, backward (last update)
   sps      sequences per second                tps          tokens per second
   sps_per_gpu, tps_per_gpu: the same per process
   mfu      percent of the peak FLOP/s          lr           learning rate of AdamW
-  norm     gradient norm before clipping       eta          time left, h:mm:ss"""
+  norm     gradient norm before clipping       eta          time left, h:mm:ss
+legend of the evaluations:
+  train_loss, val_loss: mean loss on the texts for training and for validation
+  best_val_loss: the lowest so far             bits_per_byte: val_loss in bits, per byte of text
+  train_seconds: time spent in updates"""
 LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
 
 # -----------------------------------------------------------------------------
@@ -147,33 +151,33 @@ LOGGED = 'loss dt dtf dtb sps sps_per_gpu tps tps_per_gpu mfu lr norm'.split()
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
            if hasattr(signal, name)]  # Windows has the first two
 
+@contextlib.contextmanager
 def catch_signals(process):
-    """Return a list that collects the signals received; a second Ctrl-C exits at once."""
-    signals, times = [], []
+    """Collect signals in a dict, with the time of each; a second Ctrl-C exits at once.
+
+    At the end, the signal handlers of the beginning are put back.
+    """
+    signals, before = {}, {}
     # torchrun repeats the terminal's Ctrl-C, so within a second it is not a second one
     echo_s = 1 if process.world_size > 1 else 0
 
     def on_signal(number, frame):
-        if signals and number == signal.SIGINT and time.monotonic() - times[0] > echo_s:
+        now = time.monotonic()
+        if number == signal.SIGINT and now - min(signals.values(), default=now) > echo_s:
             os._exit(130)
         if not signals and process.is_main:
             with contextlib.suppress(OSError):  # os.write, because print must not be interrupted
                 os.write(2, b'stopping after this update; Ctrl-C again quits without saving\n')
-        signals.append(number)
-        times.append(time.monotonic())
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it ignored
-            signal.signal(number, on_signal)
-    return signals
+        signals.setdefault(number, now)
 
-@contextlib.contextmanager
-def restoring_signals():
-    """At the end, put back the signal handlers of the beginning."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    if threading.current_thread() is threading.main_thread():  # Python allows it there only
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does: leave it ignored
+                before[number] = signal.signal(number, on_signal)
     try:
-        yield
+        yield signals
     finally:
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 # -----------------------------------------------------------------------------
@@ -187,27 +191,29 @@ class Progress:
     best_val_loss: float = math.inf
     train_seconds: float = 0.0  # time spent in updates only
 
-@restoring_signals()
 def main(argv=None):
     """Train as argv says (by default the command line)."""
     checkpoint = read_settings(argv)  # or the weights of another model, or None
-    resuming = init_from == 'resume'
-    resumed_at = checkpoint['iter_num'] if resuming else -1
-    last_iter = max(resumed_at, min(max_iters, max(0, resumed_at) + (train_iters or max_iters)))
+    resuming, progress = init_from == 'resume', Progress()
+    if resuming:
+        progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
+    resumed_at = progress.iter_num if resuming else -1
+    end = progress.iter_num + (train_iters or max_iters)
+    last_iter = max(progress.iter_num, min(max_iters, end))
     # False if a signal prevented the evaluation at this step
-    evaluated = not resuming or checkpoint.get('evaluated', True)
-    if resumed_at >= last_iter and evaluated and not eval_only:
-        if configurator.torchrun('RANK', 0) == 0:
-            say(f'nothing to do: the run is at step {resumed_at} of max_iters={max_iters}, '
-                'raise --max_iters to go on')
-        return
+    evaluated = resuming and checkpoint.get('evaluated', True)
+    if is_over(progress, last_iter) and evaluated and not eval_only:
+        return say(f'nothing to do: the run ended at step {resumed_at}, '
+                   'raise --max_iters or --max_seconds to go on')
     process = setup(
         device=device, dtype=dtype, compile=compile, backend=backend, seed=seed,
         deterministic=deterministic, timeout_s=timeout_s,
         micro_batches=max_iters * gradient_accumulation_steps)
+    complete_settings(process)
     defaults = configurator.defaults_of(__name__)
     changed = [f'{k}={v}' for k, v in settings().items() if v != defaults[k] or k == 'out_dir']
-    process.print('settings:', *changed)
+    process.print(textwrap.fill('settings: ' + ' '.join(changed), 79, subsequent_indent='  ',
+                                break_long_words=False, break_on_hyphens=False))
 
     # data
     meta, train_data, val_data = open_dataset(dataset, block_size, process)
@@ -221,112 +227,132 @@ def main(argv=None):
     process.print(f'{n_layer} layers, {n_head} heads, {n_embd} channels, '
                   f'{model.num_params():,} parameters without position embeddings')
     learner = make_learner(model, process)
-    progress = resume(learner, checkpoint) if resuming else Progress()
+    if resuming:
+        resume(learner, checkpoint, progress)
     checkpoint = None  # frees its memory
     if eval_only:
         print_losses(learner, {'train': train_data, 'val': val_data})
         return process.close()
-
-    # files, signals and compilation
     windows = len(val_data.eval_starts(eval_iters * batch_size))
     evaluated_on = f'{meta["sha256"][:8]}-{val_data.n}-{windows}x{block_size}'  # for bench.py
     config = settings() | {'evaluated_on': evaluated_on}
     metrics = runs.begin(config, model, resumed_at) if process.is_main else None
-    signals = catch_signals(process)
-    compile_forward(learner)
-    peak = peak_tflops * 1e12 or configurator.peak_flops(process)
-    process.print(LEGEND)
 
-    # train_seconds counts updates only, without evaluation, sampling and saving
-    last_log = replace(progress)
-    stop, overflows, t0 = False, 0, time.perf_counter()
-    while True:
-        it = progress.iter_num
-        eval_due = it % eval_interval == 0 or it == last_iter
-        if it == resumed_at and evaluated:
-            eval_due = False
+    with catch_signals(process) as signals:
+        compile_forward(learner)
+        peak = peak_tflops * 1e12
+        if not peak and process.device.type != 'cpu':  # on a busy CPU, no measurement is right
+            peak = configurator.peak_flops(process)
+        process.print(LEGEND)
 
-        # once in a while: evaluate, sample, and save the best weights
-        if eval_due and not stop:
-            t1 = time.perf_counter()
-            rough = it == 0 and init_from == 'scratch'
-            n = min(eval_iters or 10, 10) if rough else eval_iters
-            losses = [evaluate(learner, d, n, signals) for d in (train_data, val_data)]
-            stop = None in losses
-        if eval_due and not stop:
-            train_loss, val_loss = losses
-            if not math.isfinite(train_loss + val_loss):
-                checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
-            trained_weights = it > 0 or init_from not in ('scratch', 'resume')
-            is_best = trained_weights and val_loss < progress.best_val_loss
-            if is_best:
-                progress.best_val_loss = val_loss
-            bits_per_byte = val_data.bits_per_byte(val_loss)
-            process.print(f'step={it} train_loss={train_loss:.4f} val_loss={val_loss:.4f} '
-                          f'best_val_loss={min(progress.best_val_loss, val_loss):.4f} '
-                          f'bits_per_byte={bits_per_byte:.4f} '
-                          f'train_seconds={progress.train_seconds:.1f} '
-                          f'(evaluated in {time.perf_counter() - t1:.1f} s)')
-            if metrics:
-                metrics.write(step=it, train_loss=train_loss, val_loss=val_loss,
-                              bits_per_byte=bits_per_byte, train_seconds=progress.train_seconds)
-            if sample_tokens:  # on all ranks: with fsdp each holds a shard
-                generator = process.generator('sample', it, device=process.device)
-                text = continue_text(model, tokenizer, prompt, sample_tokens, generator)
-                process.print(f'--- sample at step {it}, after [prompt] ---\n{text}\n---')
-            if is_best or it and always_save_checkpoint:
-                save('model.pth', learner, tokenizer, iter_num=it, val_loss=val_loss)
+        # train_seconds counts updates only, without evaluation, sampling and saving
+        last_log = replace(progress)
+        stop, overflows = False, 0
+        t0 = shown_at = time.perf_counter()
+        while True:
+            # an evaluation is due at eval_interval and at the end; after minutes without one, a
+            # short one shows how it goes
+            it, over = progress.iter_num, is_over(progress, last_iter)
+            regular = it % eval_interval == 0 or over
+            eval_due = regular or it % log_interval == 0 and process.any(t0 - shown_at > SILENCE_S)
+            if it == resumed_at and evaluated:
+                eval_due = False
 
-        # save all that is needed to resume
-        save_due = eval_due and (it > 0 or last_iter == 0)
-        if stop or save_due:
-            save('ckpt.pt', learner, tokenizer, **asdict(progress), data=data_id,
-                 evaluated=not (eval_due and stop),
-                 optimizer=[opt.state_dict() for opt in learner.optimizers],
-                 scaler=learner.scaler.state_dict())
-        if eval_due and metrics:
-            metrics.plot()
-        if eval_due:
-            t0 = time.perf_counter()
+            # once in a while: evaluate, sample, and save the best weights
+            if eval_due and not stop:
+                random_weights = it == 0 and init_from in ('scratch', 'resume')
+                n = eval_iters
+                if random_weights or not regular:  # a rough loss is enough
+                    n = min(eval_iters or 10, 10)
+                losses = [evaluate(learner, d, n, signals) for d in (train_data, val_data)]
+                stop = None in losses
+            if eval_due and not stop:
+                train_loss, val_loss = losses
+                if not math.isfinite(train_loss + val_loss):
+                    checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
+                is_best = regular and not random_weights and val_loss < progress.best_val_loss
+                if is_best:
+                    progress.best_val_loss = val_loss
+                row = dict(train_loss=train_loss, val_loss=val_loss,
+                           best_val_loss=progress.best_val_loss,
+                           bits_per_byte=val_data.bits_per_byte(val_loss),
+                           train_seconds=progress.train_seconds)
+                process.print(f'step={it}/{last_iter} {words(row, 5)} ({n or "all"} batches)')
+                if metrics and regular:
+                    metrics.write(step=it, **row)
+                if sample_tokens:  # on all ranks: with fsdp each holds a shard
+                    generator = process.generator('sample', it, device=process.device)
+                    text = continue_text(model, tokenizer, prompt, sample_tokens, generator)
+                    origin = 'random weights' if random_weights else 'the model'
+                    process.print(f'--- sample of {origin} at step {it}, after [prompt] ---\n'
+                                  f'{text}\n---')
+                if is_best or it and always_save_checkpoint:
+                    save('model.pth', learner, tokenizer, iter_num=it, val_loss=val_loss)
 
-        # stop?
-        if stop or it == last_iter:
-            break
+            # save all that is needed to resume
+            if stop or eval_due and (it > 0 or over):
+                save('ckpt.pt', learner, tokenizer, **asdict(progress), data=data_id,
+                     evaluated=not (eval_due and stop),
+                     optimizer=[opt.state_dict() for opt in learner.optimizers],
+                     scaler=learner.scaler.state_dict())
+            if eval_due and metrics:
+                metrics.plot()
+            if eval_due:
+                t0 = shown_at = time.perf_counter()
 
-        # update the weights
-        log_due = it == 0 or (it + 1) % log_interval == 0
-        batches = training_batches(learner, train_data, progress)
-        row, stop, bad = update(learner, batches, lr_factor(it), signals, timed=log_due)
-        if bad == 'loss' or bad and not learner.scaler.is_enabled():
-            checkpoints.give_up(f'the {bad} is not finite at iteration {it}', out_dir)
-        overflows = overflows + 1 if bad else 0
-        if overflows == MAX_OVERFLOWS:
-            checkpoints.give_up(f'{overflows} float16 overflows in a row', out_dir)
-        if overflows:
-            process.print(f'note: float16 overflow, update skipped ({overflows} in a row)')
-        now = process.clock(wait=log_due)
-        progress.train_seconds += now - t0
-        t0 = now
-        progress.iter_num += 1
-        progress.position += gradient_accumulation_steps * batch_size
+            # stop?
+            if stop or over:
+                break
 
-        # log
-        if log_due:
-            seconds = progress.train_seconds - last_log.train_seconds
-            dt = seconds / (progress.iter_num - last_log.iter_num)
-            last_log = replace(progress)
-            row |= speeds(dt, learner, peak) | {'eta': (last_iter - progress.iter_num) * dt}
-            process.print(log_line(progress.iter_num, row, process.world_size))
-            if metrics:
-                metrics.write(step=progress.iter_num, **row)
+            # update the weights
+            silent_s = progress.train_seconds - last_log.train_seconds
+            log_due = it == 0 or (it + 1) % log_interval == 0 or silent_s > 10
+            batches = training_batches(learner, train_data, progress)
+            factor = lr_factor(schedule_step(progress))
+            row, stop, bad = update(learner, batches, factor, signals, timed=log_due)
+            if bad == 'loss' or bad and not learner.scaler.is_enabled():
+                checkpoints.give_up(f'the {bad} is not finite at iteration {it}', out_dir)
+            overflows = overflows + 1 if bad else 0
+            if overflows == MAX_OVERFLOWS:
+                checkpoints.give_up(f'{overflows} float16 overflows in a row', out_dir)
+            if overflows:
+                process.print(f'note: float16 overflow, update skipped ({overflows} in a row)')
+            now = process.clock(wait=log_due)
+            progress.train_seconds += now - t0
+            t0 = now
+            progress.iter_num += 1
+            progress.position += gradient_accumulation_steps * batch_size
+            if max_seconds:  # rank 0's clock decides for all
+                progress.train_seconds = process.gather(progress.train_seconds)[0]
 
-    process.close()
-    if stop or it < max_iters:
-        reason = 'by a signal' if stop else f'after train_iters={train_iters} updates'
-        process.print(f'stopped {reason} at step {it}: '
-                      f'go on with --out_dir={out_dir} --init_from=resume')
-    if stop:
-        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
+            # log
+            if log_due:
+                seconds = progress.train_seconds - last_log.train_seconds
+                dt = seconds / (progress.iter_num - last_log.iter_num)
+                last_log = replace(progress)
+                eta = (last_iter - progress.iter_num) * dt
+                if max_seconds:
+                    eta = min(eta, max(0, max_seconds - progress.train_seconds))
+                row |= speeds(dt, learner, peak) | {'eta': eta}
+                process.print(log_line(f'{progress.iter_num}/{last_iter}', row, process.world_size))
+                if metrics:
+                    metrics.write(step=progress.iter_num, **row)
+
+        process.close()
+        if not stop:
+            process.print(f'done: val loss {val_loss:.4f}, best {progress.best_val_loss:.4f}, '
+                          f'after {hours(progress.train_seconds)} of training\n'
+                          f'to sample: python sample.py --out_dir={out_dir}')
+        if stop or not is_over(progress, max_iters):
+            reason = 'by a signal' if stop else f'after train_iters={train_iters} updates'
+            process.print(f'stopped {reason} at step {it}: '
+                          f'go on with --out_dir={out_dir} --init_from=resume')
+        if stop:
+            raise SystemExit(128 + next(iter(signals), signal.SIGTERM))
+
+def is_over(progress, last_iter):
+    """Return whether the run has done its last update or used its time."""
+    return progress.iter_num >= last_iter or 0 < max_seconds <= progress.train_seconds
 
 # -----------------------------------------------------------------------------
 # settings and checks
@@ -361,33 +387,44 @@ def read_settings(argv):
             checkpoint = checkpoints.read_weights(start, weights=False)
         saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
     configurator.apply_settings(__name__, given, saved, check=check_settings)
+    return checkpoint
 
-    # settings that depend on others, unless the user gave them
-    global min_lr, parallel
+def complete_settings(process):
+    """Set what depends on other settings or on the machine, unless the user gave it."""
+    global dtype, min_lr, parallel, warmup_iters
+    if init_from == 'resume' and dtype in ('bfloat16', 'float16') and 'dtype' not in _given:
+        fastest = configurator.pick_dtype(process.device.type)
+        if dtype != fastest:
+            process.print(f'note: dtype={dtype}, as before; here, --dtype={fastest} is faster')
+    dtype = str(process.dtype).removeprefix('torch.')
     if decay_lr and min_lr > learning_rate:
         min_lr = learning_rate / 10  # the default ratio
-    alone = configurator.torchrun('WORLD_SIZE', 1) == 1
-    if parallel == 'fsdp' and alone and 'parallel' not in _given:
+    if init_from != 'resume' and 'warmup_iters' not in _given:
+        warmup_iters = min(warmup_iters, (lr_decay_iters or max_iters) // 10)
+    if parallel == 'fsdp' and process.world_size == 1 and 'parallel' not in _given:
         parallel = 'ddp'
-        say('note: --parallel=ddp, because there is only one process')
-    return checkpoint
+        process.print('note: --parallel=ddp, because there is only one process')
+    if process.device.type == 'cpu' and init_from == 'scratch' \
+            and not {'max_iters', 'max_seconds'} & _given:
+        process.print(f'note: {max_iters} updates may take many hours on a CPU. Five minutes: '
+                      'python train.py config/train_shakespeare_char.py --max_seconds=300')
 
 def check_settings():
     """Return the problems that LIMITS and CHOICES cannot express."""
-    problems = []
+    problems = [] if out_dir else ['out_dir is empty: give the name of a folder']
     try:
-        model_shape(vocab_size=1)
+        model_config(vocab_size=1)
     except ValueError as e:
         problems += str(e).split('; ')
     if head_lr and tie_weights:
         problems.append(f'head_lr={head_lr} needs --tie_weights=False')
-    if decay_lr and 0 < lr_decay_iters < warmup_iters:
+    if decay_lr and 0 < lr_decay_iters < warmup_iters and 'warmup_iters' in _given:
         problems.append(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}')
     if decay_lr and min_lr > learning_rate and 'min_lr' in _given:
         problems.append(f'min_lr={min_lr} is above learning_rate={learning_rate}')
     return problems
 
-def model_shape(vocab_size):
+def model_config(vocab_size):
     """Return the GPTConfig of the settings; GPT-2's vocabulary is padded to a multiple of 64."""
     present = settings()
     shape = {field.name: present[field.name] for field in fields(GPTConfig)
@@ -443,15 +480,14 @@ def make_model(checkpoint, tokenizer, process):
             if 'model' not in checkpoint:  # all is well so far: now the download is worth it
                 checkpoint = checkpoints.read_weights(path)
             return checkpoints.load_model(checkpoint, dropout=dropout, block_size=block_size)
-    shape = model_shape(tokenizer.vocab_size)
-    need_memory(shape, process)
-    return GPT(shape)
+    config = model_config(tokenizer.vocab_size)
+    need_memory(config, process)
+    return GPT(config)
 
-def need_memory(shape, process):
+def need_memory(config, process):
     """Fail if weights, gradients and optimizer of this GPTConfig exceed the device's memory."""
-    c = shape
-    tables = 1 if c.tie_weights else 2
-    n = 12 * c.n_layer * c.n_embd**2 + (tables * c.vocab_size + c.block_size) * c.n_embd
+    with torch.device('meta'):  # shapes without memory
+        n = GPT(config).num_params(non_embedding=False)
     need = 16 * n  # weights, gradients and two moments of AdamW, in float32
     if parallel == 'fsdp':
         need /= process.world_size
@@ -472,7 +508,7 @@ class Learner:
     process: Process
     micro_batches: range  # this rank's micro-batches of an update
     rows: range  # this rank's sequences of a micro-batch
-    sums: torch.Tensor = None  # ddp, several ranks: flat gradients, then loss and stop
+    flat: torch.Tensor = None  # ddp, several ranks: all gradients, then loss and stop
 
 def make_learner(model, process):
     """Give all processes the same weights, or each a shard of them, and make the optimizers."""
@@ -497,8 +533,8 @@ def make_learner(model, process):
         # one all-reduce, instead of DistributedDataParallel, which regroups its buckets after the
         # first update: a resumed run would round differently
         sizes = [*(p.numel() for p in params), 2]
-        learner.sums = torch.zeros(sum(sizes), device=process.device)
-        for p, grad in zip(params, learner.sums.split(sizes)):
+        learner.flat = torch.zeros(sum(sizes), device=process.device)
+        for p, grad in zip(params, learner.flat.split(sizes)):
             p.grad = grad.view_as(p)
     return learner
 
@@ -521,20 +557,15 @@ def make_optimizers(model, process):
         optimizers.append(Muon(matrices, muon_lr, muon_momentum, weight_decay, dtype, process))
     return optimizers
 
-def resume(learner, checkpoint):
-    """Load the state of the optimizers; return the Progress of the checkpoint."""
+def resume(learner, checkpoint, progress):
+    """Load the state of the optimizers, and skip the data that skip_batches adds."""
     path, before = os.path.join(out_dir, ckpt), checkpoint['config']
     checkpoints.load_optimizers(path, checkpoint, learner.optimizers, learner.scaler)
-    progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
     skipped = skip_batches - before.get('skip_batches', 0)
     progress.position += skipped * gradient_accumulation_steps * batch_size
     changed = [f', {k}={v} (was {before[k]})' for k, v in settings().items()
                if k not in NOT_RESUMED and before.get(k, v) != v]
     learner.process.print(f'resumed {path} at step {progress.iter_num}{"".join(changed)}')
-    if progress.iter_num >= warmup_iters:
-        rate = learning_rate * lr_factor(progress.iter_num)
-        checkpoints.note_higher_rate(checkpoint, rate, learner.process)
-    return progress
 
 def compile_forward(learner):
     """Compile the forward pass with a batch of zeros, if asked to."""
@@ -552,7 +583,7 @@ def compile_forward(learner):
     with one_line_errors('cannot compile, use --compile=False: ', errors), process.autocast():
         # clone: one tensor passed twice would be compiled differently
         learner.forward(idx, idx.clone())[1].backward()
-    model.zero_grad(set_to_none=learner.sums is None)
+    model.zero_grad(set_to_none=learner.flat is None)
     gc.collect()
     gc.freeze()  # torch's own objects stay: do not search them for garbage again
     process.print(f'compiled in {process.clock() - t0:.1f} s')
@@ -583,8 +614,8 @@ def update(learner, batches, factor, signals=(), timed=True):
     # fsdp takes the mean over the ranks itself
     divisor = count if sharded else count * process.world_size
     sums = torch.zeros(2, device=process.device)  # loss, number of ranks that want to stop
-    if learner.sums is not None:
-        sums = learner.sums.zero_()[-2:]
+    if learner.flat is not None:
+        sums = learner.flat.zero_()[-2:]
     dtf = dtb = 0.0
     for i, (dropout_seed, idx, targets) in enumerate(batches):
         if sharded:  # sum gradients and free gathered blocks after the last micro-batch only
@@ -605,8 +636,8 @@ def update(learner, batches, factor, signals=(), timed=True):
     sums[1] = bool(signals)
     if sharded:
         sums = process.all_reduce(sums) / process.world_size
-    elif learner.sums is not None:
-        process.all_reduce(learner.sums)
+    elif learner.flat is not None:
+        process.all_reduce(learner.flat)
     for opt in learner.optimizers:
         scaler.unscale_(opt)
     norm = nn.utils.get_total_norm([p.grad for p in params])
@@ -624,11 +655,17 @@ def update(learner, batches, factor, signals=(), timed=True):
             group['lr'] = group.get('peak_lr', opt.defaults['lr']) * factor
         if not bad:
             scaler.step(opt)
-        if learner.sums is None:
+        if learner.flat is None:
             opt.zero_grad()
     scaler.update()
     row = {'loss': loss, 'norm': norm_value, 'lr': learning_rate * factor, 'dtf': dtf, 'dtb': dtb}
     return row, stop > 0, bad
+
+def schedule_step(progress):
+    """Return at which update the schedule is; its time runs with max_seconds, if that is faster."""
+    if not max_seconds:
+        return progress.iter_num
+    return max(progress.iter_num, max_iters * progress.train_seconds / max_seconds)
 
 def lr_factor(it):
     """Return the learning rates of update `it` (from 0), as a fraction of their peaks."""
@@ -681,17 +718,24 @@ def speeds(dt, learner, peak):
     """Return the speeds of an update that takes dt seconds, as LEGEND explains them."""
     sps, world_size = gradient_accumulation_steps * batch_size / dt, learner.process.world_size
     tps = sps * block_size
-    mfu = peak and 100 * learner.model.flops_per_token() * tps / world_size / peak
+    flops = learner.model.flops_per_token() * tps / world_size
     return {'dt': dt, 'sps': sps, 'sps_per_gpu': sps / world_size, 'tps': tps,
-            'tps_per_gpu': tps / world_size, 'mfu': mfu}
+            'tps_per_gpu': tps / world_size, 'mfu': 100 * flops / peak if peak else None}
 
 def log_line(step, row, world_size):
     """Return the log line of an update, as LEGEND explains it; row: its numbers."""
-    words = [f'{k}=n/a' if row[k] is None else f'{k}={row[k]:.6g}' for k in LOGGED
-             if world_size > 1 or not k.endswith('per_gpu')]
-    eta = int(row['eta'])
-    words.append(f'eta={eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}')
-    return f'step={step} {" ".join(words)}'
+    names = [name for name in LOGGED if world_size > 1 or not name.endswith('per_gpu')]
+    numbers = words({name: row[name] for name in names}, digits=4)
+    return f'step={step} {numbers} eta={hours(row["eta"])}'
+
+def words(row, digits):
+    """Return the numbers of row as `name=number`; None is left out."""
+    return ' '.join(f'{name}={x:.{digits}g}' if x < 1000 else f'{name}={x:.0f}'
+                    for name, x in row.items() if x is not None)
+
+def hours(seconds):
+    """Return a time as h:mm:ss."""
+    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
 
 def save(name, learner, tokenizer, **more):
     """Write weights, settings and tokenizer to out_dir/name. All ranks call this together."""

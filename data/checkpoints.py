@@ -166,13 +166,6 @@ def load_model(checkpoint, **changes):
             raise ValueError(f'{name} has numbers that are not finite: take earlier weights')
     return model
 
-def note_higher_rate(checkpoint, rate, process):
-    """Say so if the learning rate is well above that of the last update before the checkpoint."""
-    if checkpoint['optimizer'] and checkpoint['iter_num']:
-        last = float(checkpoint['optimizer'][0]['param_groups'][-1]['lr'])
-        if rate > 1.5 * last:
-            process.print(f'note: the learning rate rises from {last:.6g} to {rate:.6g}')
-
 def load_optimizers(path, checkpoint, optimizers, scaler):
     """Load the states of the optimizers and of the float16 scaler of the checkpoint at path."""
     with usable(path):

@@ -26,17 +26,12 @@ def claim(out_dir):
     The lock ends with the process, however it ends.
     """
     path = os.path.join(out_dir, 'run.lock')
-    if os.path.isfile(out_dir):
-        fail(f'--out_dir={out_dir} is a file: give the name of a folder')
     try:
         os.makedirs(out_dir, exist_ok=True)
         f = open(path, 'a+')
-    except OSError as e:
-        cannot_write(path, e, name=f'to --out_dir={out_dir}')
-    try:
         if reason := lock(f):
             say(f'note: {out_dir} cannot be locked ({reason}): '
-                  'make sure that no other run uses it')
+                'make sure that no other run uses it')
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
@@ -60,32 +55,34 @@ def begin(settings, model, resumed_at):
         wandb = start_wandb(settings['wandb_project'], settings['wandb_run_name'], settings)
     out_lock = claim(out_dir)
     paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
+    newest, *_ = paths
     paths = [path for path in paths if os.path.exists(path)]
     for name in os.listdir(out_dir):  # left by a save that was cut off
         if re.fullmatch(r'(ckpt|ckpt_prev|model)\.\w+(\.\d+)?\.tmp', name):
             os.remove(os.path.join(out_dir, name))
-    check_space(out_dir, model, paths if resumed_at >= 0 else [])
+    # at most three ckpt.pt (weights, and two moments of AdamW) and two model.pth at a time
+    need = (3 * 3 + 2) * 4 * sum(p.numel() for p in model.parameters())
+    if resumed_at >= 0:  # the run's own checkpoints will be replaced
+        need -= sum(map(os.path.getsize, paths))
+    need_space(out_dir, need, 'checkpoints will take')
     if resumed_at >= 0:
         keep_newer(paths, resumed_at, settings['ckpt'])
-    elif paths or read_metrics(out_dir):  # an earlier run
-        rename_aside(out_dir, max([0, *map(saved_step, paths)]))
+    elif paths == [newest] and 0 <= saved_number(newest, 'train_seconds') < 60:
+        # an earlier run without an evaluation, and not worth a copy
+        os.remove(newest)
+        say(f'note: removed {newest} of a run that was stopped within its first minute')
+    elif paths or read_metrics(out_dir):
+        rename_aside(out_dir, max([0, *(saved_number(path, 'iter_num') for path in paths)]))
         out_lock = claim(out_dir)
     write_atomic(os.path.join(out_dir, 'config.json'), [json.dumps(settings, indent=1).encode()])
     remember_run(out_dir)
     return Metrics(out_dir, resumed_at, wandb, out_lock)
 
 
-def check_space(out_dir, model, own):
-    """Fail if the disk has no room for the checkpoints; own: those that will be replaced."""
-    # at most three ckpt.pt (weights, and two moments of AdamW) and two model.pth at a time
-    need = (3 * 3 + 2) * 4 * sum(p.numel() for p in model.parameters())
-    need_space(out_dir, need - sum(map(os.path.getsize, own)), 'checkpoints will take')
-
-
 def keep_newer(paths, resumed_at, ckpt):
     """Rename the checkpoints that are newer than `ckpt`, from which this run goes on."""
     for path in paths:
-        name, step = os.path.basename(path), saved_step(path)
+        name, step = os.path.basename(path), saved_number(path, 'iter_num')
         if name == ckpt and step != resumed_at:
             fail(f'{path} was at step {resumed_at} and is at step {step} now: another run has gone '
                  'on with it')
@@ -93,13 +90,13 @@ def keep_newer(paths, resumed_at, ckpt):
             rename_aside(path, step)
 
 
-def saved_step(path):
-    """Return the step at which the checkpoint at path was saved, or -1 if it is unreadable."""
+def saved_number(path, key):
+    """Return a number that the checkpoint at path holds, or -1 if it cannot be read."""
     try:
-        step = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num']
+        number = torch.load(path, map_location='cpu', weights_only=True, mmap=True)[key]
     except Exception:
         return -1
-    return step if isinstance(step, int) else -1
+    return number if isinstance(number, (int, float)) else -1
 
 
 def rename_aside(path, step):
@@ -108,8 +105,10 @@ def rename_aside(path, step):
     stem, extension = os.path.splitext(path.rstrip('/' + os.sep))
     if os.path.isdir(path):
         stem, extension = stem + extension, ''
-    names = (f'{stem}-{step}-{date}{number}{extension}' for number in ('', *range(-2, -1000, -1)))
-    kept = next(name for name in names if not os.path.exists(name))  # with -2, -3 ... if need be
+    kept = f'{stem}-{step}-{date}'
+    while os.path.exists(kept + extension):
+        kept += '-2'
+    kept += extension
     real = os.path.realpath(path)
     try:
         if any(pathlib.Path(d).is_relative_to(real) for d in (os.path.realpath('.'), HERE)):
@@ -118,7 +117,7 @@ def rename_aside(path, step):
     except OSError as e:
         fail(f'{path} holds an earlier run and cannot be renamed ({e.strerror}): '
              'give another --out_dir')
-    print(f'{path} belongs to an earlier run: renamed to {kept}', flush=True)
+    say(f'{path} belongs to an earlier run: renamed to {kept}. To delete it: rm -r {kept}')
 
 
 def read_runs():
@@ -152,7 +151,7 @@ class Metrics:
 
     def __init__(self, out_dir, step, wandb=None, out_lock=None):
         self.out_dir, self.wandb, self.out_lock = out_dir, wandb, out_lock
-        self.can_plot = True
+        self.failed = set()  # the services that are switched off
         self.path = os.path.join(out_dir, 'metrics.jsonl')
         rows = [json.dumps(row) + '\n' for row in read_metrics(out_dir) if row['step'] <= step]
         write_atomic(self.path, [''.join(rows).encode()])
@@ -167,29 +166,47 @@ class Metrics:
         except OSError as e:
             cannot_write(self.path, e, f'; {unchanged(self.out_dir)}')
         if self.wandb:
-            self.wandb.log(row, step=row['step'])
+            self.attempt('wandb', self.wandb.log, row, step=row['step'])
 
     def plot(self):
         """Draw loss.png if matplotlib is installed."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            if self.can_plot:
-                say('note: no loss.png without matplotlib: pip install matplotlib')
-            self.can_plot = False
+        self.attempt('loss.png', draw_losses, self.out_dir)
+
+    def attempt(self, name, service, *args, **more):
+        """Call a service that training does not need; if it fails, say so and switch it off."""
+        if name in self.failed:
             return
-        rows = read_metrics(self.out_dir)
-        ax = Figure(figsize=(8, 5), layout='constrained').subplots()
-        for key, style in (('loss', '-'), ('train_loss', 'o-'), ('val_loss', 'o-')):
-            points = [(row['step'], row[key]) for row in rows if key in row]
-            ax.plot([p[0] for p in points], [p[1] for p in points], style, markersize=4,
-                    linewidth=1, label=key)
-        ax.set(xlabel='updates', ylabel='nats per token')
-        ax.legend()
         try:
-            ax.figure.savefig(os.path.join(self.out_dir, 'loss.png'), dpi=100)
-        except OSError as e:
-            say(f'note: loss.png not written ({e.strerror})')
+            service(*args, **more)
+        except Exception as e:  # whatever it is, training goes on
+            self.failed.add(name)
+            say(f'note: {name} is switched off: {first_line(e)}')
+
+
+def draw_losses(out_dir):
+    """Draw the losses in metrics.jsonl as loss.png; ImportError if matplotlib is not installed."""
+    from matplotlib.figure import Figure
+    rows = [row for row in read_metrics(out_dir) if row['step'] > 0]  # no random weights
+    if not rows:
+        return
+    ax = Figure(figsize=(8, 5), layout='constrained').subplots()
+    shown = []
+    for key, label, style in (('loss', 'batch: text of one update', '-'),
+                              ('train_loss', 'train: more text for training', 'o-'),
+                              ('val_loss', 'val: text for validation', 'o-')):
+        steps = [row['step'] for row in rows if row.get(key)]
+        losses = [row[key] for row in rows if row.get(key)]
+        ax.plot(steps, losses, style, markersize=4, linewidth=1, label=label)
+        # the loss falls steeply in the first tenth of the run: leave most of that out
+        shown += losses[len(losses) // 10:]
+    title = out_dir
+    if losses:  # of the validation
+        best = min(losses)
+        title += f': best val loss {best:.4f} at step {steps[losses.index(best)]}'
+    ax.set(xlabel='updates', ylabel='loss (nats per token)', title=title,
+           ylim=(min(shown) - 0.05, max(shown) + 0.05))
+    ax.legend()
+    ax.figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=100)
 
 
 def read_metrics(out_dir):
@@ -209,7 +226,5 @@ def start_wandb(project, name, config):
         import wandb
         wandb.init(project=project, name=name, config=config)
         return wandb
-    except (ImportError, AttributeError):  # a folder `wandb` is enough for the import
-        fail('--wandb_log=True: wandb is not installed: pip install wandb')
-    except Exception as e:  # not logged in, for example
-        fail(f'--wandb_log=True: {first_line(e)}')
+    except Exception as e:  # not installed, or not logged in, for example
+        fail(f'--wandb_log=True: {first_line(e)} (pip install wandb; wandb login)')

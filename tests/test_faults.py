@@ -110,13 +110,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import zipfile
 
 import sample
 import train
-from configurator import Process, configure
+from configurator import Process, configure, fail
 from data import build, runs
 from data.checkpoints import VERSION, read_checkpoint
 from data.dataset import Tokens
@@ -318,7 +319,7 @@ def kill_and_resume(project, tmp_path, train_run, kills, seed):
     for i in range(kills):
         child = start(project, *arguments, '--init_from=auto', f'--out_dir={out}')
         # the last kill comes after a save, however slow the machine is
-        event = r'saved \S+ckpt.pt' if i == kills - 1 else r'step=\d+ loss'
+        event = r'saved \S+ckpt.pt' if i == kills - 1 else r'step=\d+/\d+ loss'
         seen = wait_for(child, rf'^{event}|nothing to do')
         time.sleep(rng.uniform(0, 0.25))
         child.kill()
@@ -378,7 +379,7 @@ def test_space_and_permission_are_checked_before_training(fails, tmp_path, monke
     (tmp_path / 'file').write_text('')
     err = fails(out=tmp_path / 'file' / 'out', code=1)
     assert err.splitlines()[-1].startswith(
-        f'error: cannot write to --out_dir={tmp_path}/file/out (Not a directory)')
+        f'error: cannot write {tmp_path}/file/out/run.lock (Not a directory)')
     assert 'MB are free' not in err  # the disk is not the reason
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=5000))
     assert '0.0 MB are free' in fails(code=1)
@@ -441,7 +442,7 @@ def test_a_wandb_that_does_not_start_changes_nothing(train_run, fails, tmp_path,
 
 @pytest.mark.parametrize('resumed_at, need', [(-1, 44_000), (3, 34_000)])
 def test_the_space_a_run_needs_counts_what_it_resumes_from_alone(
-        tmp_path, monkeypatch, capsys, resumed_at, need):
+        tmp_path, monkeypatch, resumed_at, need):
     out = tmp_path / 'out'
     model = torch.nn.Linear(1000, 1, bias=False)  # 4,000 bytes
     (out / 'another-run').mkdir(parents=True)
@@ -449,16 +450,18 @@ def test_the_space_a_run_needs_counts_what_it_resumes_from_alone(
         (out / name).write_bytes(bytes(5000))
     before = snapshot(tmp_path)
 
-    own = [str(out / name) for name in ('ckpt.pt', 'ckpt_prev.pt')] if resumed_at >= 0 else []
-
-    def check_space(free):
-        monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=free))
-        runs.check_space(str(out), model, own)
-    with pytest.raises(SystemExit, match='1'):
-        check_space(need - 1)
-    assert f'checkpoints will take {need / 1e6:.1f} MB' in capsys.readouterr().err
-    assert snapshot(tmp_path) == before
-    check_space(need)
+    def need_space(folder, size, words):
+        needed.append(size)
+        fail('full')
+    needed = []
+    monkeypatch.setattr(runs, 'need_space', need_space)
+    settings = {'out_dir': str(out), 'wandb_log': False}
+    with pytest.raises(SystemExit):
+        runs.begin(settings, model, resumed_at)
+    assert needed == [need]
+    after = snapshot(tmp_path)
+    del after[str(out / 'run.lock')]
+    assert after == before
 
 
 @pytest.mark.parametrize('first_loss, step', [(-8, 0), (0, 3), (4, 3), (8, 6)])
@@ -544,7 +547,7 @@ def test_a_second_ctrl_c_leaves_at_once(project, train_run, tmp_path):
     train_run(*FAST, '--max_iters=2')
     child = start(project, '--init_from=resume', '--sample_tokens=100000', '--max_iters=1000',
                   f'--out_dir={out}')
-    wait_for(child, '^step=3 train_loss')  # next comes a sample of some minutes, without an update
+    wait_for(child, r'^step=3/\d+ train_loss')  # next comes a sample that takes some minutes
     child.send_signal(signal.SIGINT)
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
@@ -558,7 +561,7 @@ def test_under_torchrun_all_ranks_leave_on_the_same_step(project, tmp_path):
     out = tmp_path / 'out'
     child = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000',
                   f'--out_dir={out}', nproc=2)
-    wait_for(child, '^step=5 ')
+    wait_for(child, '^step=5/')
     child.send_signal(signal.SIGTERM)
     rest, err = child.communicate(timeout=60)
     n = load(out)['iter_num']
@@ -585,7 +588,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(project, tmp_path):
 def test_a_hanging_rank_ends_the_others_within_timeout_s(project, tmp_path, parallel):
     child = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000', '--timeout_s=5',
                   f'--out_dir={tmp_path / "out"}', f'--parallel={parallel}', nproc=2)
-    wait_for(child, '^step=5 ')
+    wait_for(child, '^step=5/')
     first, last = ranks_of(child)
 
     def ended():  # gone or a zombie, asked in one step: it may be reaped at any moment
@@ -606,7 +609,7 @@ def test_two_runs_in_one_out_dir(project, train_run, fails, tmp_path):
     out = tmp_path / 'out'
     first = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000',
                   f'--out_dir={out}')
-    wait_for(first, '^step=1 ')
+    wait_for(first, '^step=1/')
 
     def files():
         return {k: v for k, v in snapshot(tmp_path).items() if 'metrics' not in k}
@@ -670,7 +673,7 @@ def test_a_bad_number_on_any_rank_stops_all_ranks_before_the_weights_change(wher
     process = Pair(torch.device('cpu'), torch.float32, world_size=2, seed=1)
     process.where = where
     torch.manual_seed(0)
-    learner = train.make_learner(GPT(train.model_shape(10)), process)
+    learner = train.make_learner(GPT(train.model_config(10)), process)
     before = {k: v.clone() for k, v in learner.model.state_dict().items()}
     idx = torch.randint(10, (2, 8))
     _, _, found = train.update(learner, [(0, idx, idx)], 1.0)
@@ -839,7 +842,8 @@ def damage(path, kind, tmp_path):
     elif kind == 'flipped':
         with open(path, 'rb') as f:
             body = bytearray(f.read())
-        body[size // 2] ^= 4
+        weights = checkpoint['model']['lm_head.weight'].numpy().tobytes()
+        body[body.index(weights) + 99] ^= 4
         with open(path, 'wb') as f:
             f.write(body)
         return 'damaged'
@@ -1132,7 +1136,7 @@ def test_an_output_that_goes_away_ends_no_run_and_a_signal_saves_it(project, tmp
     out = tmp_path / 'out'
     child = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000',
                   '--peak_tflops=1', f'--out_dir={out}')
-    wait_for(child, '^step=3 ')
+    wait_for(child, '^step=3/')
     child.stdout.close()  # as if `tee` or `head` had ended
     seen = len(metrics(out)[0])
     deadline = time.monotonic() + 30
@@ -1159,9 +1163,9 @@ def test_a_signal_that_was_ignored_stays_ignored(project, tmp_path):
     child = start(project, *FAST, '--max_iters=100000', '--eval_interval=50000',
                   '--peak_tflops=1', f'--out_dir={tmp_path / "out"}',
                   preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    wait_for(child, '^step=3 ')
+    wait_for(child, '^step=3/')
     child.send_signal(signal.SIGHUP)
-    wait_for(child, r'^step=\d*50 ')
+    wait_for(child, r'^step=\d*50/')
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=60)
     assert child.returncode == 143
@@ -1179,8 +1183,8 @@ def test_runs_of_the_same_step_and_second_are_all_kept(tmp_path):
         os.utime(tmp_path / 'ckpt.pt', (0, 10**9))
         runs.rename_aside(str(tmp_path / 'ckpt.pt'), 5)
     names = sorted(os.listdir(tmp_path), key=len)
-    assert [re.sub(r'\d{8}-\d{6}', 'DATE', name) for name in sorted(names, key=lambda n: (
-        len(n), n))] == ['ckpt-5-DATE.pt', 'ckpt-5-DATE-2.pt', 'ckpt-5-DATE-3.pt']
+    assert [re.sub(r'\d{8}-\d{6}', 'DATE', name) for name in names] == [
+        'ckpt-5-DATE.pt', 'ckpt-5-DATE-2.pt', 'ckpt-5-DATE-2-2.pt']
     assert {(tmp_path / name).read_text() for name in names} == set('abc')
 
 
@@ -1211,12 +1215,6 @@ def test_a_run_without_a_checkpoint_does_not_promise_one(train_run, tmp_path, ca
                   '--eval_interval=100', '--max_iters=99')
     err = capsys.readouterr().err
     assert e.value.code == 1 and 'holds no checkpoint yet' in err and 'as it was' not in err
-
-
-def test_an_out_dir_that_is_a_file_is_the_users_mistake(train_run, fails, tmp_path):
-    (tmp_path / 'file').write_text('mine')
-    assert 'is a file: give the name of a folder' in fails(out=tmp_path / 'file')
-    assert (tmp_path / 'file').read_text() == 'mine'
 
 
 def test_resume_refuses_another_optimizer_and_weights_alone(train_run, fails, tmp_path):
@@ -1295,26 +1293,16 @@ def test_a_finished_run_says_so_before_anything_else(train_run, tmp_path, capsys
     capsys.readouterr()
     before = snapshot(tmp_path)
     train_run('--init_from=resume')
-    assert re.fullmatch('nothing to do: the run is at step 3 .*\n', capsys.readouterr().out)
+    assert re.fullmatch('nothing to do: the run ended at step 3, .*\n', capsys.readouterr().out)
     assert snapshot(tmp_path) == before
-
-
-def test_a_longer_run_says_that_its_learning_rate_rises(train_run, capsys):
-    train_run(*FAST, '--max_iters=6', '--min_lr=1e-4')
-    capsys.readouterr()
-    train_run('--init_from=resume', '--max_iters=7')
-    assert 'learning rate rises' not in capsys.readouterr().out
-    train_run('--init_from=resume', '--max_iters=100', '--train_iters=1')
-    out = capsys.readouterr().out
-    note = re.search(r'note: the learning rate rises from (\S+) to (\S+)\n', out)
-    assert float(note[1]) < 3e-4 and 0.0009 < float(note[2]) <= 0.001
-    assert re.search(r'^step=8 .* lr=(\S+)', out, re.M)[1] == note[2]
 
 
 def test_settings_are_printed_and_written_so_that_runs_can_be_told_apart(
         train_run, tmp_path, capsys):
     train_run(*FAST, '--max_iters=3', '--weight_decay=0.25')
-    line = re.search('^settings: (.*)', capsys.readouterr().out, re.M)[1].split()
+    lines = re.search('^settings:(.*(\n  .*)*)', capsys.readouterr().out, re.M)[0].splitlines()
+    assert len(lines) > 1 and len(lines[0]) < 80
+    line = ' '.join(lines).split()
     assert 'weight_decay=0.25' in line and f'out_dir={tmp_path / "out"}' in line
     assert not [word for word in line if word.startswith('beta1')]  # a default
     saved = json.loads((tmp_path / 'out' / 'config.json').read_text())
@@ -1325,7 +1313,7 @@ def test_settings_are_printed_and_written_so_that_runs_can_be_told_apart(
 def test_one_note_says_why_there_is_no_plot(train_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     train_run(*FAST, '--max_iters=6')
-    assert capsys.readouterr().out.count('note: no loss.png without matplotlib') == 1
+    assert capsys.readouterr().out.count('note: loss.png is switched off: ') == 1
 
 
 @pytest.mark.parametrize('name', ['out', 'out/model.pth', 'out/ckpt.pt'])
@@ -1373,15 +1361,18 @@ def test_a_second_ctrl_c_exits_but_torchruns_echo_of_the_first_does_not(
         monkeypatch, world_size, seconds, exits):
     process = Process(torch.device('cpu'), torch.float32, world_size=world_size)
     codes, now = [], 5.0
-    with train.restoring_signals(), monkeypatch.context() as patch:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's processes ignore it
-        patch.setattr(time, 'monotonic', lambda: now)
-        patch.setattr(os, '_exit', codes.append)
-        caught = train.catch_signals(process)
-        signal.raise_signal(signal.SIGINT)
-        now += seconds
-        signal.raise_signal(signal.SIGINT)
-    assert caught[0] == signal.SIGINT and codes == exits
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's processes ignore it
+    try:
+        with monkeypatch.context() as patch, train.catch_signals(process) as caught:
+            patch.setattr(time, 'monotonic', lambda: now)
+            patch.setattr(os, '_exit', codes.append)
+            signal.raise_signal(signal.SIGINT)
+            now += seconds
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(caught) == [signal.SIGINT] and codes == exits
 
 
 def test_the_position_in_the_data_counts_every_micro_batch(train_run, read_at):
@@ -1420,3 +1411,137 @@ def test_weights_are_not_trained_on_longer_sequences_than_before(train_run, fail
     train_run(*FAST, '--rotary=True', '--max_iters=3')  # rotary would take any length in silence
     err = fails(f'--init_from={tmp_path / "out"}', '--block_size=64', out=tmp_path / 'next')
     assert 'block_size=64 but the model' in err and not (tmp_path / 'next').exists()
+
+
+@pytest.fixture
+def interrupted(fails, monkeypatch):
+    """A function that runs train.main and ends it by a signal in its third update."""
+    def go(*arguments, **more):
+        real = Tokens.train_batch
+
+        def train_batch(self, first, *rest):
+            if first == 8:  # the third batch of 4
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(self, first, *rest)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokens, 'train_batch', train_batch)
+            fails(*FAST, '--eval_interval=100', *arguments, code=143, **more)
+    return go
+
+
+def test_a_run_stopped_before_its_first_evaluation_can_be_sampled(
+        interrupted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, 'RUNS_LOG', str(tmp_path / 'runs.log'))
+    interrupted()
+    out = tmp_path / 'out'
+    (tmp_path / 'empty').mkdir()
+    runs.remember_run(str(tmp_path / 'empty'))  # a run that has saved nothing
+    for arguments in ([], [f'--out_dir={out}'], [f'--init_from={out}']):
+        configure('sample', [*arguments, '--max_new_tokens=3', '--num_samples=1'])
+        capsys.readouterr()
+        sample.main()
+        text = capsys.readouterr().out
+        assert text.count(f'note: {out} has no model.pth') == 1
+        assert f'last weights: {out}/ckpt.pt, step 3' in text
+    configure('sample', [])
+
+
+def test_a_run_of_a_few_updates_without_an_evaluation_leaves_no_copy(
+        interrupted, train_run, tmp_path, capsys):
+    out = tmp_path / 'out'
+
+    def copies(**changes):
+        """Interrupt a run, change its checkpoint, start anew; return the names of the copies."""
+        interrupted()
+        checkpoint = load(out) | changes
+        torch.save({k: v for k, v in checkpoint.items() if v is not None}, out / 'ckpt.pt')
+        train_run(*FAST, '--max_iters=2')
+        kept = [name for name in os.listdir(tmp_path) if name != 'out']
+        for name in ('out', *kept):
+            shutil.rmtree(tmp_path / name)
+        return kept
+    assert copies() == []
+    assert f'note: removed {out}/ckpt.pt of a run' in capsys.readouterr().out
+    assert len(copies(train_seconds=3600.0)) == 1  # an hour of work
+    assert len(copies(train_seconds=None)) == 1  # nanoGPT's, for example
+
+
+def test_metrics_of_trained_weights_are_kept_without_their_checkpoints(train_run, tmp_path):
+    out = tmp_path / 'out'
+    train_run(*FAST, '--max_iters=3')
+    for name in ('ckpt.pt', 'model.pth'):
+        (out / name).unlink()
+    before = (out / 'metrics.jsonl').read_bytes()
+    train_run(*FAST, '--max_iters=2')
+    kept, = [name for name in os.listdir(tmp_path) if name != 'out']
+    assert (tmp_path / kept / 'metrics.jsonl').read_bytes() == before
+
+
+def test_what_fails_beside_the_training_is_noted_once_and_switched_off(
+        train_run, tmp_path, monkeypatch, capsys):
+    def log(row, step):
+        calls.append(step)
+        raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+    def draw_losses(out_dir):
+        calls.append('plot')
+        raise RuntimeError('latex was not found\non this machine')
+    calls = []
+    wandb = types.SimpleNamespace(init=lambda **settings: None, log=log)
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    monkeypatch.setattr(runs, 'draw_losses', draw_losses)
+    assert train_run(*FAST, '--max_iters=6', '--wandb_log=True')['iter_num'] == 6
+    out = capsys.readouterr().out
+    assert calls == [0, 'plot']
+    assert 'note: wandb is switched off: [Errno 32] Broken pipe\n' in out
+    assert 'note: loss.png is switched off: latex was not found\n' in out
+    assert [row['step'] for row in metrics(tmp_path / 'out')[1]] == [0, 3, 6]
+
+
+def test_loss_png_shows_what_a_reader_wants_to_know(tmp_path, monkeypatch):
+    figure = pytest.importorskip('matplotlib.figure')
+    drawn = []
+    monkeypatch.setattr(figure.Figure, 'savefig', lambda self, *a, **more: drawn.append(self))
+    out = str(tmp_path)
+    rows = [{'step': 0, 'train_loss': 9.0, 'val_loss': 9.0}, {'step': 1, 'loss': 8.0}]
+    rows += [{'step': step, 'loss': 2.0 + 1 / step} for step in range(2, 21)]
+    rows += [{'step': 10, 'train_loss': 2.0, 'val_loss': 2.2},
+             {'step': 20, 'train_loss': 1.9, 'val_loss': 2.5}, {'step': 21, 'loss': None}]
+
+    def write(count):
+        text = '\n'.join(json.dumps(row) for row in rows[:count])
+        (tmp_path / 'metrics.jsonl').write_text(text)
+        runs.draw_losses(out)
+    write(1)
+    assert not drawn  # random weights alone make no picture
+    write(len(rows))
+    ax, = drawn[0].axes
+    assert ax.get_title() == f'{out}: best val loss 2.2000 at step 10'
+    words = [line.get_label().split(':')[0] for line in ax.lines]
+    assert words == ['batch', 'train', 'val']
+    assert [list(line.get_xdata()) for line in ax.lines] == [
+        list(range(1, 21)), [10, 20], [10, 20]]
+    bottom, top = ax.get_ylim()
+    assert 1.5 < bottom < 1.9 and 2.5 < top < 4  # the steep fall at the beginning is cut off
+
+
+def test_main_runs_in_a_thread_without_signals(tmp_path):
+    failures = []
+
+    def work():
+        try:
+            train.main([*FAST, '--max_iters=2', f'--out_dir={tmp_path / "out"}'])
+        except BaseException as e:
+            failures.append(e)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    gc.collect()
+    assert not failures and load(tmp_path / 'out')['iter_num'] == 2
+
+
+def test_an_empty_out_dir_is_refused_before_anything_is_computed(fails, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, 'setup', None)  # would fail with a TypeError
+    assert 'out_dir is empty' in fails('--out_dir=')
+    assert os.listdir(tmp_path) == []

@@ -80,7 +80,7 @@ def learner_on_the_gpu(*arguments):
     configure('train', [*TINY, '--device=cuda', '--dtype=bfloat16', *arguments])
     process = setup(device='cuda', dtype='bfloat16')
     data = RandomTokens(65)
-    return train.make_learner(GPT(train.model_shape(65)), process), data
+    return train.make_learner(GPT(train.model_config(65)), process), data
 
 
 @pytest.mark.parametrize('more', [[], ['--optimizer=muon'], ['--grad_clip=0']])
@@ -123,7 +123,7 @@ def test_a_compiled_update_holds_the_logits_about_once(train_run, tmp_path):
     small = torch.cuda.max_memory_allocated()
     configure('train', [*TINY, '--device=cuda', '--batch_size=4', '--block_size=1024',
                             '--dropout=0', '--compile=True'])
-    learner = train.make_learner(GPT(train.model_shape(50257)), setup(
+    learner = train.make_learner(GPT(train.model_config(50257)), setup(
         device='cuda', dtype='bfloat16', compile=True))
     train.compile_forward(learner)
     torch.cuda.reset_peak_memory_stats()
