@@ -23,6 +23,11 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run in parallel: more thr
 import pytest
 import torch
 
+# under `nohup ... &` and in xdist's processes, signals are ignored, also by the programs they start
+for _name in ('SIGINT', 'SIGHUP'):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), signal.SIG_DFL)
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROJECT = pathlib.Path(tempfile.mkdtemp(prefix='quill-'))
 atexit.register(shutil.rmtree, PROJECT, ignore_errors=True)

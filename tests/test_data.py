@@ -203,7 +203,7 @@ def test_where_no_source_answers_the_error_says_how_to_go_on(tmp_path, monkeypat
         GPT2Tokenizer()
     last = capsys.readouterr().err.splitlines()[-1]
     assert e.value.code == 2
-    assert 'vocab.bpe' in last and 'save this file as' in last
+    assert 'save http://127.0.0.1:9/vocab.bpe as' in last and 'encoder.json as' in last
 
 
 def test_in_an_environment_without_pip_uv_runs_it(monkeypatch):

@@ -95,7 +95,7 @@ Weights are trained further on data in other tokens.
     test_an_export_is_not_trained_on_another_alphabet_of_the_same_size (test_tokenizers.py)
 A download fails, stalls, is slow, redirects, or delivers other bytes.
     A bad file never gets its final name.
-    test_a_failed_download_leaves_nothing_and_says_why (test_data.py)
+    test_a_failed_download_leaves_no_file_and_says_why (test_data.py)
 """
 import errno
 import gc

@@ -304,7 +304,8 @@ def gpt2_tokens(project, monkeypatch):
     ids[:2], tokens = torch.tensor([50256, 0]), {'train': 2000, 'val': 1000}
     for name, part in zip(tokens, ids.split([2000, 1000])):
         part.numpy().astype('uint16').tofile(folder / f'{name}.bin')
-    dataset.write_meta(str(folder), FakeGPT2Tokenizer(), 'test', '0' * 64, tokens, tokens)
+    meta = dataset.make_meta(FakeGPT2Tokenizer(), 'test', '0' * 64, tokens, tokens)
+    dataset.write_meta(str(folder), meta)
     monkeypatch.setattr(train, 'tokenizer_from_dict', lambda _: FakeGPT2Tokenizer())
     yield folder.name
     shutil.rmtree(folder)
