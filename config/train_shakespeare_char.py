@@ -1,8 +1,8 @@
 # The main job: a character GPT of 10.67M parameters with modern parts, in minutes on two CPU cores
 #     python train.py config/train_shakespeare_char.py
 # 2-core AMD EPYC (Zen 3, no bfloat16): val loss 1.434 on the whole validation split after 18
-# minutes of training (one seed). With --max_seconds=300: 128 updates, val loss 1.683; in the same time,
-# config/speedrun_shakespeare_char.py reaches 1.461 there, so take that one on a slow machine.
+# minutes of training (one seed). With --max_seconds=300, it is 1.683 after 128 updates. In this
+# time, config/speedrun_shakespeare_char.py reaches 1.461: take that one on a slow machine.
 # A longer run needs dropout and more weight decay: --max_iters=1130 --dropout=0.05
 # --weight_decay=0.2
 out_dir = 'out-shakespeare-char'
