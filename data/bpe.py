@@ -6,11 +6,9 @@ Byte pair encoding (BPE): how a tokenizer is trained on text.
     ranks = {token: i for i, token in enumerate(tokens)}
     bpe = tiktoken.Encoding('mine', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
-1. count_pieces splits the text into pieces, and counts how often each piece occurs. A typical piece
-   is a word with the space before it. 100 MB of text often has fewer than a million pieces.
-2. train_bpe starts with one token per byte, so the tokens can encode any text. It merges the most
-   frequent pair of adjacent tokens into a new token, in all pieces. It repeats this until there are
-   vocab_size tokens. No token crosses the end of a piece.
+count_pieces splits the text into pieces: a typical piece is a word with the space before it.
+train_bpe starts with one token per byte, so the tokens can encode any text. It merges the most
+frequent pair of adjacent tokens into a new token, in all pieces, and repeats this.
 
 Sources: https://arxiv.org/abs/1508.07909 (BPE for words), and GPT-2's paper, "Language Models are
 Unsupervised Multitask Learners" (BPE for bytes).
@@ -62,8 +60,8 @@ BYTE_ORDER = bytes(sorted(range(256), key=LETTERS.__getitem__))
 def count_pieces(texts):
     """Count the pieces of an iterable of strings. Returns a Counter of piece (bytes) -> count.
 
-    100 MB of text take about 15 seconds on one core. The counts of parts of a text may be added. A
-    part must begin with a visible character and follow a line break, or the cut may divide a piece.
+    The counts of parts of a text may be added. A part must begin with a visible character and
+    follow a line break, or the cut may divide a piece.
     """
     split = regex.compile(PATTERN)
     pieces = Counter()
@@ -84,9 +82,19 @@ def train_bpe(pieces, vocab_size):
     of the pair counts more than the second. Single bytes come in BYTE_ORDER. So the tokens are the
     same as those of BpeTrainer in Hugging Face's tokenizers.
     """
+    # a word is a piece as a string with one character per token: chr(i) is token i. A pair is a
+    # string of two such characters. Python's string methods find and merge a pair fast
     tokens = [bytes([byte]) for byte in BYTE_ORDER]
-    words, counts = make_words(pieces)
-    pair_counts, places = count_pairs(words, counts)
+    token_of_byte = bytes(BYTE_ORDER.index(byte) for byte in range(256))
+    words = [piece.translate(token_of_byte).decode('latin-1') for piece in pieces]
+    counts = list(pieces.values())
+
+    # count each pair, and note the indices of the words that contain it
+    pair_counts, places = defaultdict(int), defaultdict(list)
+    for i, word in enumerate(words):
+        for pair, n in pairs_of(word).items():
+            pair_counts[pair] += n * counts[i]
+            places[pair].append(i)
 
     # One entry for each pair that is not yet merged. heappop returns the smallest entry, which is
     # the pair with the highest count.
@@ -101,54 +109,24 @@ def train_bpe(pieces, vocab_size):
                 heapq.heappush(heap, (-count, pair))
             continue
         # no other pair makes the same token, because equal bytes are merged in the same way
-        new_token = chr(len(tokens))
+        new_token, new_pairs = chr(len(tokens)), set()
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        new_pairs = merge_pair(pair, new_token, words, counts, pair_counts, places)
+        # visit only the words that contain the pair: counting all pairs again after each merge
+        # would take hundreds of times as long
+        for i in places.pop(pair):
+            for old_pair, n in pairs_of(words[i]).items():
+                pair_counts[old_pair] -= n * counts[i]
+            words[i] = words[i].replace(pair, new_token)
+            for new_pair, n in pairs_of(words[i]).items():
+                pair_counts[new_pair] += n * counts[i]
+                if new_token in new_pair:
+                    places[new_pair].append(i)
+                    new_pairs.add(new_pair)
         for new_pair in new_pairs:
             heapq.heappush(heap, (-pair_counts[new_pair], new_pair))
     return [bytes([byte]) for byte in range(256)] + tokens[256:]
 
 
-def make_words(pieces):
-    """Return the pieces as a list of words, and a list of their counts.
-
-    A word is a piece as a string with one character per token: chr(i) is token i. A pair is a
-    string of two such characters. Python's string methods find and merge a pair fast.
-    """
-    token_of_byte = bytes(BYTE_ORDER.index(byte) for byte in range(256))
-    words = [piece.translate(token_of_byte).decode('latin-1') for piece in pieces]
-    return words, list(pieces.values())
-
-
 def pairs_of(word):
     """Count the pairs in a word."""
     return Counter(map(add, word, word[1:]))
-
-
-def count_pairs(words, counts):
-    """Return two dicts: pair -> count, and pair -> the indices of the words that contain it."""
-    pair_counts, places = defaultdict(int), defaultdict(list)
-    for i, word in enumerate(words):
-        for pair, n in pairs_of(word).items():
-            pair_counts[pair] += n * counts[i]
-            places[pair].append(i)
-    return pair_counts, places
-
-
-def merge_pair(pair, new_token, words, counts, pair_counts, places):
-    """Replace the pair by new_token in all words. Returns the set of pairs that contain new_token.
-
-    Updates words, pair_counts and places. Only the words that contain the pair are visited:
-    counting all pairs again after each merge would take hundreds of times as long.
-    """
-    new_pairs = set()
-    for i in places.pop(pair):
-        for old_pair, n in pairs_of(words[i]).items():
-            pair_counts[old_pair] -= n * counts[i]
-        words[i] = words[i].replace(pair, new_token)
-        for new_pair, n in pairs_of(words[i]).items():
-            pair_counts[new_pair] += n * counts[i]
-            if new_token in new_pair:
-                places[new_pair].append(i)
-                new_pairs.add(new_pair)
-    return new_pairs

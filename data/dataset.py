@@ -8,8 +8,7 @@ A dataset is a folder data/NAME with three files:
     train.bin, val.bin   token ids without a header, uint16 or uint32
     meta.json            tokenizer, vocab_size, dtype, source, sha256; tokens and bytes per split
 
-A folder without meta.json is nanoGPT's: it gets a meta.json when it is first opened, if quill can
-write there.
+A folder without meta.json is nanoGPT's, and gets one when it is first opened.
 """
 import contextlib
 import hashlib
@@ -45,7 +44,8 @@ def open_dataset(name, block_size, process):
         tokens = Tokens(path, block_size, meta['dtype'], meta['vocab_size'], meta['bytes'][split])
         expected = meta['tokens'][split]
         if tokens.n != expected:
-            fail(f'{path} has {tokens.n:,} tokens instead of {expected:,}: {remedy(name, meta)}')
+            fail(f'{path} has {tokens.n:,} tokens instead of {expected:,}: {remedy(name)}, or, if '
+                 f'nanoGPT has prepared it again, remove data/{name}/meta.json')
         tokens.check()
         splits.append(tokens)
     everyones = process.gather((meta['sha256'], meta['tokens']))
@@ -75,16 +75,12 @@ def complete_dataset(name):
 
 def missing_file(name):
     """Return the name of the first missing file of the dataset, or None."""
-    for file in ('train.bin', 'val.bin', 'meta.json'):
-        if not os.path.exists(os.path.join(DATA_DIR, name, file)):
-            return file
-    return None
+    files = ('train.bin', 'val.bin', 'meta.json')
+    return next((f for f in files if not os.path.exists(os.path.join(DATA_DIR, name, f))), None)
 
 
-def remedy(name, meta=None):
+def remedy(name):
     """Return, as the end of an error line, how to prepare the dataset again."""
-    if meta and meta.get('source') == 'nanoGPT':
-        return f'if nanoGPT has prepared it again, remove data/{name}/meta.json'
     if os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
         return f'run python data/{name}/prepare.py'
     return f'run python data/text/prepare.py --input=FILE --name={name}'
@@ -102,15 +98,12 @@ def read_meta(name):
     with one_line_errors(f'{path} is damaged ({remedy(name)}): ', kinds):
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
-        numbers = [meta['vocab_size']]
-        for split in SPLITS:
-            numbers += meta['tokens'][split], meta['bytes'][split]
-        if any(type(number) is not int for number in numbers) or type(meta['sha256']) is not str:
-            raise ValueError('vocab_size, tokens, bytes or sha256 is of another type')
-        if meta['vocab_size'] != tokenizer_size(meta['tokenizer']):
-            raise ValueError(f'vocab_size={meta["vocab_size"]} is not the size of the tokenizer')
-        if meta['dtype'] not in ('uint16', 'uint32'):
-            raise ValueError(f'dtype={meta["dtype"]} must be uint16 or uint32')
+        numbers = [meta[key][split] for key in ('tokens', 'bytes') for split in SPLITS]
+        if any(type(n) is not int for n in numbers) or type(meta['sha256']) is not str:
+            raise ValueError('tokens, bytes or sha256 is of another type')
+        if meta['vocab_size'] != tokenizer_size(meta['tokenizer']) \
+                or meta['dtype'] not in ('uint16', 'uint32'):
+            raise ValueError('vocab_size or dtype does not fit the tokenizer')
     return meta
 
 
@@ -120,7 +113,7 @@ def read_meta(name):
 class Tokens:
     """The token ids in a .bin file, read as windows of block_size + 1 tokens.
 
-    The file is read, not memory-mapped: resident memory does not grow with the file, and a file
+    Windows are read, not memory-mapped: resident memory does not grow with the file, and a file
     that becomes shorter is an error and not a crash (SIGBUS).
     """
 
@@ -132,9 +125,7 @@ class Tokens:
         self.vocab_size = vocab_size
         with one_line_errors():
             self.file = open(path, 'rb', buffering=0)
-        self.n, rest = divmod(os.path.getsize(path), self.dtype.itemsize)
-        if rest:
-            fail(f'{path}: its bytes are not a whole number of tokens: prepare the dataset again')
+        self.n = os.path.getsize(path) // self.dtype.itemsize
         if self.n < block_size + 1:
             fail(f'{path}: {self.n} tokens are fewer than block_size + 1 = {block_size + 1}: '
                  'use a smaller --block_size')
@@ -155,11 +146,7 @@ class Tokens:
 
     def check(self):
         """Fail if an id is outside the vocabulary, among the first 100M tokens, to start soon."""
-        chunk = 1 << 20
-        self.file.seek(0)
-        for _ in range(0, min(self.n, 100_000_000), chunk):
-            data = self.file.read(chunk * self.dtype.itemsize)
-            self.refuse_outside(np.frombuffer(data, self.dtype))
+        self.refuse_outside(np.memmap(self.path, self.dtype, 'r', shape=min(self.n, 100_000_000)))
 
     def refuse_outside(self, ids, code=2):
         """Fail with this exit code if one of the ids is outside the vocabulary."""
@@ -247,11 +234,7 @@ def divide(micro_batches, batch_size, process):
 # what preparing a dataset shares
 
 def make_meta(tokenizer, source, sha256, tokens, sizes):
-    """Return the content of meta.json.
-
-    source: name of the origin. sha256: identifies the content. tokens, sizes: the number of tokens,
-    and of bytes of text, of each split.
-    """
+    """Return the content of meta.json. tokens, sizes: the numbers of tokens and bytes by split."""
     return {'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size,
             'dtype': id_dtype(tokenizer).name, 'source': source, 'sha256': sha256,
             'tokens': tokens, 'bytes': sizes}
@@ -269,10 +252,7 @@ def id_dtype(tokenizer):
 
 
 def is_val(document, val_fraction):
-    """Return whether a document, given as the bytes of its text, is for validation.
-
-    Its hash decides, so the answer does not depend on the other documents.
-    """
+    """Return whether a document, given as the bytes of its text, is for validation: by its hash."""
     digest = hashlib.sha256(document).digest()
     return int.from_bytes(digest[:8], 'big') < val_fraction * 2**64
 
@@ -288,13 +268,11 @@ def token_lengths(tokenizer):
 # -----------------------------------------------------------------------------
 # folders that nanoGPT prepared
 
-LLM_C = (20240520).to_bytes(4, 'little')  # the first bytes of llm.c's .bin files
-
-
 def adopt_nanogpt_folder(name):
     """Return the content of a meta.json for a folder data/NAME that nanoGPT prepared."""
     folder, digest, tokens, sizes = os.path.join(DATA_DIR, name), hashlib.sha256(), {}, {}
-    with one_line_errors(f"data/{name} has no meta.json and cannot be read as nanoGPT's: "):
+    kinds = (ValueError, OSError, IndexError)  # IndexError: an id is outside the vocabulary
+    with one_line_errors(f"data/{name} has no meta.json and cannot be read as nanoGPT's: ", kinds):
         tokenizer = nanogpt_tokenizer(os.path.join(folder, 'meta.pkl'))
         lengths = token_lengths(tokenizer)
         for split in SPLITS:
@@ -306,24 +284,15 @@ def adopt_nanogpt_folder(name):
 
 
 def text_size(path, lengths):
-    """Return the number of bytes of the text in a .bin file of uint16, given those of each token.
-
-    ValueError says that the file holds something else.
-    """
-    words = np.fromfile(path, np.uint16, count=1 << 20)
-    # half of the 16-bit words are zero if the ids have 32 or 64 bits
-    if words.tobytes().startswith((b'\x93NUMPY', LLM_C)) or not words[1::2].any():
+    """Return the bytes of the text in a .bin file of uint16. lengths: the bytes of each token."""
+    words = np.memmap(path, np.uint16, 'r')
+    head = words[:1 << 20]
+    # numpy and llm.c write headers. Half of the words are zero if the ids have 32 or 64 bits
+    if head.tobytes().startswith((b'\x93NUMPY', b'\x88\xd8\x34\x01')) or not head[1::2].any():
         raise ValueError(f'{path} must hold ids of 16 bits without a header: with numpy, '
                          'ids.astype(np.uint16).tofile(path) writes them')
-    total = 0
-    with open(path, 'rb') as f:
-        while chunk := f.read(1 << 24):
-            ids = np.frombuffer(chunk, np.uint16)
-            if ids.max() >= len(lengths):
-                raise ValueError(f'{path}: token id {ids.max()} is outside the vocabulary of '
-                                 f'{len(lengths):,}')
-            total += int(lengths[ids].sum())
-    return total
+    parts = np.array_split(words, 1 + len(words) // 2**23)
+    return sum(int(lengths[ids].sum()) for ids in parts)
 
 
 def nanogpt_tokenizer(path):
@@ -332,14 +301,13 @@ def nanogpt_tokenizer(path):
         return tokenizer_from_dict({'kind': 'gpt2'})
     try:
         with open(path, 'rb') as f:
-            meta = PlainUnpickler(f).load()
+            stoi = PlainUnpickler(f).load()['stoi']
+        chars = ''.join(sorted(stoi, key=stoi.get))
     except Exception as e:  # a damaged pickle can raise anything
-        raise ValueError(f'its meta.pkl cannot be read: {e}')
-    stoi = meta.get('stoi') if isinstance(meta, dict) else None
-    if not isinstance(stoi, dict) or set(stoi.values()) != set(range(len(stoi))) \
-            or not all(isinstance(char, str) and len(char) == 1 for char in stoi):
+        raise ValueError(f'its meta.pkl holds no characters: {e!r}')
+    if [*map(stoi.get, chars)] != [*range(len(stoi))]:
         raise ValueError('its meta.pkl has no vocabulary of single characters (stoi)')
-    return CharTokenizer(chars=''.join(sorted(stoi, key=stoi.get)))
+    return CharTokenizer(chars=chars)
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -6,7 +6,6 @@ The file format of llama.cpp, GGUF: a header, facts about model and tokenizer, a
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 import math
-import os
 import struct
 
 from data.bpe import PATTERN, to_letters
@@ -21,12 +20,11 @@ ALIGNMENT = 32  # bytes
 def write_gguf(path, model, tokenizer, dtype):
     """Write a model and its tokenizer; its matrices in dtype, float32 or float16.
 
-    ValueError names the settings, or the tokenizer, that llama.cpp cannot read.
+    ValueError says what llama.cpp cannot read.
     """
     arch, shape, tensors = portable(model, tokenizer)
     half = dtype == 'float16'
-    facts = {'general.architecture': arch, 'general.file_type': int(half),
-             'general.name': os.path.basename(os.path.dirname(path))}
+    facts = {'general.architecture': arch, 'general.file_type': int(half)}
     for key, setting in (
             ('context_length', 'block_size'), ('embedding_length', 'n_embd'),
             ('block_count', 'n_layer'), ('feed_forward_length', 'n_inner'),

@@ -4,24 +4,22 @@ Models of Hugging Face's library transformers, in and out: GPT-2, Llama and Qwen
     checkpoint = read_pretrained('gpt2')  # or a folder, or a name on the hub
     write_pretrained('exported', model, tokenizer)
 
-Such a folder holds config.json, model.safetensors (or several files, which an index names) and the
-files of the tokenizer. What a client cannot express follows from the tables below: every setting of
-GPTConfig without an entry must have its default.
+Such a folder holds config.json, model.safetensors (or its parts) and the tokenizer. What a client
+cannot express follows from the tables below: a setting without an entry must have its default.
 """
+import contextlib
 import json
 import os
 import re
 from dataclasses import asdict, fields
 
-from configurator import first_line
 from data.downloads import DownloadError, download_resumable, hub_address
 from data.files import DATA_DIR
-from data.tokenizers import HuggingFaceTokenizer, is_gpt2, recognize, write_json
+from data.tokenizers import HuggingFaceTokenizer, recognize, write_json
 
 import torch
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-HUB_NAME = r'[\w.-]+/[\w.-]+'  # OWNER/NAME
 CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
 
 # settings and their keys in config.json
@@ -44,8 +42,8 @@ TRAINING = ('dropout', 'zero_init', 'zero_head')  # settings that matter in trai
 # keys of config.json that change what a model computes, with the values that quill can follow; a
 # missing key has the first value
 READABLE = {
-    'hidden_act': ['silu'], 'attention_bias': [False], 'mlp_bias': [False],
-    'use_sliding_window': [False], 'layer_types': [['full_attention']], 'rope_scaling': [{}],
+    'model_type': [*KEYS], 'hidden_act': ['silu'], 'rope_scaling': [{}], 'mlp_bias': [False],
+    'attention_bias': [False], 'use_sliding_window': [False], 'layer_types': [['full_attention']],
     'activation_function': ['gelu_new', 'gelu_pytorch_tanh', 'gelu'], 'scale_attn_weights': [True],
     'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [False, True]}
 
@@ -80,10 +78,8 @@ CONSTANTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
 def read_pretrained(source, weights=True):
     """Return the model that source names as a dict: model_args, tokenizer, model.
 
-    source: a folder, one of GPT2_NAMES or OWNER/NAME on the hub; missing files are downloaded.
-    model_args: for GPTConfig. tokenizer: what its to_dict returns. model: the state_dict, in
-    float32. weights=False reads only config.json and the tokenizer. ValueError and OSError say what
-    is wrong.
+    source: a folder, one of GPT2_NAMES or OWNER/NAME on the hub. model: the state_dict, in float32;
+    weights=False leaves it out, with its download. ValueError and OSError say what is wrong.
     """
     folder = find_folder(source, weights)
     model_type, args = read_config(os.path.join(folder, 'config.json'))
@@ -94,18 +90,14 @@ def read_pretrained(source, weights=True):
 
 
 def write_pretrained(folder, model, tokenizer):
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer of transformers read.
-
-    ValueError names the settings that no client has.
-    """
+    """Write a folder that transformers reads. ValueError names settings that no client has."""
     model_type, shape, tensors = portable(model, tokenizer)
     config = {key: shape[setting] for setting, key in KEYS[model_type].items()}
     config |= {'architectures': [CLASSES[model_type]], 'model_type': model_type,
                'torch_dtype': 'float32'}
     if model_type == 'gpt2':
-        activation = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu'}[shape['activation']]
-        config |= {'activation_function': activation, 'resid_pdrop': shape['dropout'],
-                   'embd_pdrop': shape['dropout'], 'attn_pdrop': shape['dropout']}
+        names = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu'}
+        config['activation_function'] = names[shape['activation']]
     ends = {f'{name}_token_id': tokenizer.eot for name in ('bos', 'eos', 'pad')}
     theirs = {}
     for name, tensor in tensors.items():
@@ -115,9 +107,9 @@ def write_pretrained(folder, model, tokenizer):
         else:
             name = rename(name, {quill: llama for quill, llama, _ in NAMES})
         theirs[name] = tensor.contiguous()
-    save_file = safetensors().save_file
+    library = import_safetensors()
     os.makedirs(folder, exist_ok=True)
-    save_file(theirs, os.path.join(folder, 'model.safetensors'), {'format': 'pt'})
+    library.torch.save_file(theirs, os.path.join(folder, 'model.safetensors'), {'format': 'pt'})
     write_json(os.path.join(folder, 'config.json'), config | ends)
     write_json(os.path.join(folder, 'generation_config.json'), ends)
     tokenizer.save_pretrained(folder)
@@ -187,15 +179,9 @@ def rename(name, names):
 # reading
 
 def read_config(path):
-    """Return the model_type and the model_args of a config.json.
-
-    ValueError names what quill's model lacks.
-    """
+    """Return the model_type and model_args of a config.json. ValueError names what quill lacks."""
     c = {'layer_norm_epsilon': 1e-5, 'rms_norm_eps': 1e-6} | read_json(path)
-    model_type = c.get('model_type')
-    if model_type not in KEYS:
-        raise ValueError(f'{path} has model_type={json.dumps(model_type)}: quill reads only models '
-                         f'with {" or ".join(map(json.dumps, KEYS))}')
+    model_type = c.setdefault('model_type', None)
     if model_type == 'gpt2':
         c.setdefault('tie_word_embeddings', True)
     # old versions of transformers write rope_theta and rope_scaling, new ones rope_parameters
@@ -230,57 +216,47 @@ def read_weights(folder, model_type):
     for whole, parts in JOINED.items():
         for name in [name for name in weights if f'.{parts[0]}.' in name]:
             names = [name.replace(parts[0], part) for part in parts]
-            if weights.keys() >= set(names):
-                rows = [weights.pop(name) for name in names]
-                weights[name.replace(parts[0], whole)] = torch.cat(rows)
+            rows = [weights.pop(part) for part in names if part in weights]
+            weights[name.replace(parts[0], whole)] = torch.cat(rows)
     return weights
 
 
 def weight_paths(folder):
     """Return the paths of the weights in folder: one file, or those that an index names."""
     path = os.path.join(folder, 'model.safetensors')
-    if os.path.exists(path):
+    if os.path.exists(path) or not os.path.exists(f'{path}.index.json'):
         return [path]
-    if not os.path.exists(f'{path}.index.json'):
-        raise ValueError(f'no model.safetensors in {folder}: transformers can save pickled weights '
-                         'as such')
     names = set(read_json(f'{path}.index.json')['weight_map'].values())
     return [os.path.join(folder, os.path.basename(name)) for name in sorted(names)]
 
 
-def safetensors():
-    """Return the module safetensors.torch. ValueError says how to install it."""
+def read_safetensors(path):
+    """Return {name: tensor} of a .safetensors file. ValueError: it is damaged, or quantized."""
+    library = import_safetensors()
+    try:
+        tensors = library.torch.load_file(path)
+    except library.SafetensorError as e:
+        raise ValueError(f'{path} is damaged ({e}): download it again, or run git lfs pull')
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(CONSTANTS)}
+    for name, t in tensors.items():
+        if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f'{path}: {name} has dtype {t.dtype}: save it as float32')
+    return tensors
+
+
+def import_safetensors():
+    """Return the module safetensors. ValueError says how to install it."""
     try:
         import safetensors.torch
     except ImportError:
         raise ValueError('this needs the library safetensors: pip install safetensors')
-    return safetensors.torch
-
-
-def read_safetensors(path):
-    """Return {name: tensor} of a .safetensors file, without CONSTANTS.
-
-    ValueError: the file is damaged, or holds numbers that are not plain floating point.
-    """
-    library = safetensors()
-    if not os.path.exists(path):
-        raise ValueError(f'no {path}')
-    try:
-        tensors = library.load_file(path)
-    except Exception as e:  # the library has an exception of its own
-        raise ValueError(f'{path} is damaged ({first_line(e)}): download it again (a pointer of '
-                         'git-lfs: run git lfs pull)')
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) \
-                and not name.endswith(CONSTANTS):
-            raise ValueError(f'{path}: {name} has dtype {tensor.dtype}: save it as float32')
-    return {name: t for name, t in tensors.items() if not name.endswith(CONSTANTS)}
+    return safetensors
 
 
 def read_tokenizer(source):
     """Return the tokenizer that belongs to weights of Hugging Face, as its to_dict returns it.
 
-    source: as in read_pretrained, or a tokenizer.json. ValueError says what is missing.
+    source: as in read_pretrained, or a tokenizer.json. ValueError and OSError say what is wrong.
     """
     if source in GPT2_NAMES:
         return {'kind': 'gpt2'}
@@ -288,14 +264,8 @@ def read_tokenizer(source):
     if not os.path.isfile(source):
         folder = find_folder(source, weights=False)
         path = os.path.join(folder, 'tokenizer.json')
-    rows = read_json(os.path.join(folder, 'config.json'), {}).get('vocab_size')  # of the weights
-    if not os.path.exists(path):
-        vocab = read_json(os.path.join(folder, 'vocab.json'), {})
-        if is_gpt2(vocab) or not vocab and rows in range(50257, 50305):  # maybe padded
-            return {'kind': 'gpt2'}
-        raise ValueError('it holds no tokenizer: put the tokenizer.json that belongs to these '
-                         'weights into the folder')
     content = read_json(path)
+    rows = read_json(os.path.join(folder, 'config.json'), {}).get('vocab_size')  # of the weights
     if rows:  # a client may have added a padding token that the weights lack
         added = content.get('added_tokens', [])
         content['added_tokens'] = [token for token in added if token['id'] < rows]
@@ -316,51 +286,37 @@ def read_json(path, default=None):
         try:
             return dict(json.load(f))
         except (ValueError, TypeError):
-            raise ValueError(f'{path} is not a JSON object: download it again (a pointer of '
-                             'git-lfs: run git lfs pull)')
+            raise ValueError(f'{path} is not a JSON object: download it again, or git lfs pull')
 
 
 # -----------------------------------------------------------------------------
 # the hub
 
 def find_folder(source, weights):
-    """Return the folder that source names. The missing files of a model on the hub are downloaded.
-
-    weights: False leaves out the large files.
-    """
-    folder, repository = source, source
+    """Return the folder that source names. If it is on the hub, download the missing files."""
     files = ['config.json', 'tokenizer.json', 'tokenizer_config.json']
+    folder, repository = os.path.join('hub_weights', source), source
     if source in GPT2_NAMES:
         folder, repository = os.path.join('gpt2_weights', source), f'openai-community/{source}'
         files = ['config.json']
     elif os.path.isdir(source):
         return source
-    elif re.fullmatch(HUB_NAME, source):
-        folder = os.path.join('hub_weights', source)
-    else:
+    elif not re.fullmatch(r'[\w.-]+/[\w.-]+', source):
         raise ValueError(f'it must be {", ".join(GPT2_NAMES)}, OWNER/NAME on the Hugging Face hub, '
                          'or a folder with config.json and model.safetensors')
     folder, url = os.path.join(DATA_DIR, folder), f'{hub_address()}/{repository}/resolve/main'
     places = f'{", ".join([*files, "model.safetensors"])} of {url} in {folder}'
+
+    def fetch(name):
+        download_resumable(f'{url}/{name}', os.path.join(folder, name), places=places)
     try:
-        for file in files:
-            download_resumable(f'{url}/{file}', os.path.join(folder, file), places=places)
-        if weights:
-            download_weights(url, folder, places)
+        for name in files:
+            fetch(name)
+        if weights and not os.path.exists(os.path.join(folder, 'model.safetensors')):
+            with contextlib.suppress(DownloadError):  # weights in one file have no index
+                fetch('model.safetensors.index.json')
+            for path in weight_paths(folder):
+                fetch(os.path.basename(path))
     except DownloadError as e:
         raise ValueError(f'no weights of {source}: {e}')
     return folder
-
-
-def download_weights(url, folder, places):
-    """Download model.safetensors, or its index and the files that the index names."""
-    path = os.path.join(folder, 'model.safetensors')
-    if not os.path.exists(f'{path}.index.json'):
-        try:
-            return download_resumable(f'{url}/model.safetensors', path, places=places)
-        except DownloadError as e:
-            if 'HTTP status 404' not in str(e):
-                raise
-    download_resumable(f'{url}/model.safetensors.index.json', f'{path}.index.json', places=places)
-    for part in weight_paths(folder):
-        download_resumable(f'{url}/{os.path.basename(part)}', part, places=places)

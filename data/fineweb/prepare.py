@@ -26,7 +26,6 @@ LIMITS = {'shards': (1, 103)}
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 VAL_TOKENS = 20 * 524_288 + 1  # 10,240 windows of 1,024 tokens, and the last target
 HEADER = 1024  # bytes; the header begins with three int32: 20240520, 1, number of tokens
-BLOCK = 1 << 22  # number of tokens
 
 
 def main():
@@ -46,25 +45,18 @@ def main():
 
 def read_shards(names, tokenizer):
     """Yield (split, ids, bytes of text) of the shards with these names."""
-    lengths = token_lengths(tokenizer)
+    lengths = token_lengths(tokenizer).astype(np.uint8)  # the longest token has 128 bytes
     for name in names:
         split = 'val' if 'val' in name else 'train'
-        ids = read_shard(os.path.join(FOLDER, name), VAL_TOKENS if split == 'val' else 10**9)
-        for begin in range(0, len(ids), BLOCK):
-            block = ids[begin:begin + BLOCK]
-            yield split, block, int(lengths[block].sum())
-
-
-def read_shard(path, most):
-    """Return the tokens of the shard at path, or the first `most` of them."""
-    header = np.fromfile(path, '<i4', count=3).tolist()
-    ids = np.fromfile(path, '<u2')[HEADER // 2:][:most]
-    if header[:2] != [20240520, 1] or len(ids) != min(header[2], most) \
-            or ids.max() >= GPT2Tokenizer.vocab_size:
-        os.remove(path)
-        fail(f'{path} was not a shard of tokens ({len(ids):,} tokens after the header {header}), '
-             'so it is removed: run this again')
-    return ids
+        path = os.path.join(FOLDER, name)
+        most = VAL_TOKENS if split == 'val' else 10**9
+        header = np.fromfile(path, '<i4', count=3).tolist()
+        ids = np.fromfile(path, '<u2')[HEADER // 2:][:most]
+        if header[:2] != [20240520, 1] or len(ids) != min(header[2], most) \
+                or ids.max() >= tokenizer.vocab_size:
+            os.remove(path)
+            fail(f'{path} was not a shard of tokens, so it is removed: run this again')
+        yield split, ids, int(lengths[ids].sum())
 
 
 if __name__ == '__main__':

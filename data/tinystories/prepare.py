@@ -31,18 +31,17 @@ def main():
     with one_line_errors(kinds=(DownloadError,)):
         download_resumable(f'{base}train.txt', train, end=mb * 1_000_000, places=places)
         download_resumable(f'{base}valid.txt', val, places=places)
-    end_with_a_story(train, mb * 1_000_000)
+    end_with_a_story(train)
     end_with_a_story(val)
     texts = Texts(train, val, separator=SEPARATOR)
-    write_dataset(os.path.basename(FOLDER), texts, 'bpe', vocab_size=vocab_size, val_paths=[val])
+    write_dataset(os.path.basename(FOLDER), texts, 'bpe', vocab_size=vocab_size, val_fraction=0,
+                  val_paths=[val])
     print('now train on it: python train.py config/train_tinystories.py')
 
 
-def end_with_a_story(path, end=0):
-    """Cut a file off behind the last separator, before byte `end` if it is not 0."""
+def end_with_a_story(path):
+    """Cut a file off behind the last separator."""
     with open(path, 'r+b') as f:
-        if 0 < end < os.path.getsize(path):  # all stories, which somebody has put there
-            f.truncate(end)
         begin = f.seek(max(0, os.path.getsize(path) - 1_000_000))
         before, found, rest = f.read().rpartition(SEPARATOR.encode())
         if rest.strip():
