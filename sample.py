@@ -7,8 +7,6 @@ Generate text with trained weights.
 import codecs
 import os
 import re
-import sys
-import time
 
 import configurator
 from configurator import DTYPES, fail, one_line_errors, pick_device, run_main, setup
@@ -53,8 +51,7 @@ CHOICES = {'weights': ('best', 'last'), 'dtype': DTYPES, 'gguf_dtype': ('float16
 @torch.inference_mode()
 def main():
     # mistakes that need no weights
-    path = os.path.expanduser(start.removeprefix('FILE:'))
-    prompt = read_text(path) if start.startswith('FILE:') else unescape(start)
+    prompt = read_text(start[5:]) if start.startswith('FILE:') else unescape(start)
     if os.path.exists(export) and (not os.path.isdir(export) or os.listdir(export)):
         fail(f'--export={export}: it exists and is not an empty folder, name another')
     kind = pick_device(device).type
@@ -75,12 +72,9 @@ def main():
         return answer_lines(model, tokenizer, generator)
     with one_line_errors('--start: '):
         idx = encode_prompt(tokenizer, prompt, process.device)
-    if idx.size(1) > model.config.block_size:
-        print(f'note: the prompt has {idx.size(1)} tokens, '
-              f'the model sees the last {model.config.block_size}')
     t0 = process.clock()
     n = write_samples(model, tokenizer, prompt, idx.repeat(count, 1), generator)
-    seconds = time.perf_counter() - t0
+    seconds = process.clock() - t0
     print(f'{count} x {n} tokens in {seconds:.2f} s: {count * n / seconds:.0f} tokens/s')
 
 # -----------------------------------------------------------------------------
@@ -89,8 +83,7 @@ def main():
 def load(source, device='cpu', tell=False):
     """Return the model, in eval mode, and its tokenizer. ValueError or OSError say what is wrong.
 
-    source: a run's folder or checkpoint, a name on the hub, or a folder of transformers. tell:
-    print a line about the weights.
+    source: as in read_weights. tell: print when a run saved these weights, and how good they are.
     """
     checkpoint = read_weights(source)
     model = load_model(checkpoint).eval().to(device)
@@ -98,8 +91,6 @@ def load(source, device='cpu', tell=False):
         which = 'best' if 'val_loss' in checkpoint else 'last'
         loss = checkpoint.get('val_loss', checkpoint.get('best_val_loss'))
         print(f'{which} weights: {source}, step {checkpoint["iter_num"]}, best val loss {loss:.4f}')
-    elif tell:
-        print(f'weights of {source}, {model.num_params(False):,} parameters')
     return model, tokenizer_from_dict(checkpoint['tokenizer'])
 
 def find_weights():
@@ -111,12 +102,10 @@ def find_weights():
             fail('nothing has been trained yet: give --out_dir, or run '
                  'python train.py config/train_shakespeare_char.py --max_seconds=300')
         folder = runs[-1]
-    best, last = os.path.join(folder, 'model.pth'), os.path.join(folder, 'ckpt.pt')
-    if weights == 'best' and os.path.exists(last) and not os.path.exists(best):
-        print(f'note: {folder} has no model.pth, which the first evaluation writes: last weights')
-        return last
-    path = best if weights == 'best' else last
-    return path if init_from == 'resume' or os.path.exists(path) else folder
+    if weights == 'last':
+        return os.path.join(folder, 'ckpt.pt')
+    missing = os.path.join(folder, 'model.pth') if init_from == 'resume' else folder
+    return checkpoint_path(folder) or missing  # ckpt.pt before the first evaluation
 
 def export_model(model, tokenizer):
     """Write the model and its tokenizer to `export`."""
@@ -126,18 +115,16 @@ def export_model(model, tokenizer):
             write_gguf(os.path.join(export, 'model.gguf'), model, tokenizer, gguf_dtype)
         except ValueError as e:  # a tokenizer that llama.cpp cannot read
             print(f'note: no model.gguf: {e}')
-    print(f'exported to {export}: transformers.AutoModelForCausalLM.from_pretrained({export!r}) '
-          'loads it, and AutoTokenizer its tokenizer')
+    print(f'exported to {export}: from_pretrained({export!r}) of transformers loads it')
 
 # -----------------------------------------------------------------------------
 # prompts
 
 def encode_prompt(tokenizer, text, device='cpu'):
-    """Return the ids of text as a tensor (1, T) on the device, with T > 0.
+    """Return the ids of text, at least one, as a tensor (1, T). ValueError: unknown characters.
 
     The text of a special token becomes that token. An empty text becomes the end-of-text token, or
-    a newline if the tokens are characters or there is no such token. ValueError names characters
-    without an id.
+    a newline if the tokens are characters or there is no such token.
     """
     ids = tokenizer.encode(text, special=True)
     if not len(ids):
@@ -150,10 +137,7 @@ def encode_prompt(tokenizer, text, device='cpu'):
     return torch.tensor(np.array(ids, dtype=np.int64), device=device)[None]
 
 def pick_prompt(tokenizer, prompt, given):
-    """Return the unescaped prompt if the vocabulary can write it, otherwise an empty one.
-
-    given: the user asked for this prompt, so fail instead.
-    """
+    """Return the unescaped prompt. If it has no ids: fail if the user gave it, or return ''."""
     prompt = unescape(prompt)
     try:
         encode_prompt(tokenizer, prompt)
@@ -168,22 +152,16 @@ def unescape(text):
     names = {'n': '\n', 't': '\t', '\\': '\\'}
     return re.sub(r'\\([nt\\])', lambda match: names[match[1]], text)
 
-def bracketed(prompt):
-    """Return the prompt in brackets, which show where the model's text begins; '' stays ''."""
-    return f'[{prompt}]' if prompt else ''
-
 # -----------------------------------------------------------------------------
 # samples
 
 def write_samples(model, tokenizer, prompt, idx, generator):
-    """Print a sample for each row of idx (B, T); return the number of tokens of a sample.
-
-    A single sample is printed as it grows.
-    """
+    """Print a sample for each row of idx (B, T), a single one as it grows; return their length."""
+    begin = f'[{prompt}]' if prompt else ''  # brackets show where the model's text begins
     texts = [Text(tokenizer, unescape(stop)) for _ in idx]
     single = len(texts) == 1
     if single:
-        print(bracketed(prompt), end='', flush=True)
+        print(begin, end='', flush=True)
     new = model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator,
                          tokenizer.vocab_size)
     for n, tokens in enumerate(new, 1):
@@ -194,7 +172,7 @@ def write_samples(model, tokenizer, prompt, idx, generator):
         if all(text.done for text in texts):
             break
     for text in texts:
-        print(text.new(end=True) if single else f'{bracketed(prompt)}{text.text}\n{"-" * 15}')
+        print(text.new(end=True) if single else f'{begin}{text.text}\n{"-" * 15}')
     return n
 
 class Text:
@@ -220,10 +198,9 @@ class Text:
 
 def answer_lines(model, tokenizer, generator):
     """Continue each line of standard input, until it ends. Ctrl-C ends one continuation."""
-    terminal = sys.stdin.isatty()
     while True:
         try:
-            prompt = unescape(input('> ' if terminal else ''))
+            prompt = unescape(input('> '))
             try:
                 idx = encode_prompt(tokenizer, prompt, generator.device)
             except ValueError as e:  # characters that the vocabulary lacks
@@ -233,9 +210,7 @@ def answer_lines(model, tokenizer, generator):
         except KeyboardInterrupt:
             print()
         except EOFError:  # Ctrl-D
-            if terminal:
-                print()
-            return
+            return print()
 
 def continue_text(model, tokenizer, prompt, n, generator):
     """Return the prompt in brackets and n tokens after it, by a model that is in training."""
@@ -243,9 +218,9 @@ def continue_text(model, tokenizer, prompt, n, generator):
     idx = encode_prompt(tokenizer, prompt, generator.device)
     new = model.generate(idx, n, temperature=0.8, top_k=200, generator=generator,
                          vocab_size=tokenizer.vocab_size)
-    text = bracketed(prompt) + tokenizer.decode([token.item() for token in new])
+    text = tokenizer.decode([token.item() for token in new])
     model.train()
-    return text
+    return f'[{prompt}]{text}'
 
 # -----------------------------------------------------------------------------
 # weights for generation
@@ -263,17 +238,14 @@ def pick_dtype(kind, dtype, num_samples):
     return 'float16' if FBGEMM else 'float32'
 
 def place_for_generation(model, device, dtype):
-    """Move the model to the device, in eval mode, with its weights in dtype.
-
-    A library for a CPU stores only the Linear layers: all else is fastest in float32.
-    """
+    """Move the model to the device, in eval mode, with its weights in dtype."""
     model.eval().to(device)
     library = {torch.float16: FBGEMM, torch.bfloat16: ONEDNN}.get(dtype)
     # oneDNN makes GELU of a few rows slower
     torch.backends.mkldnn.enabled = dtype != torch.float16
     if device.type != 'cpu' or not library:
         return model.to(dtype)
-    for module in list(model.modules()):
+    for module in list(model.modules()):  # all but the Linear layers is fastest in float32
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 delattr(module, name)

@@ -12,13 +12,12 @@ import gc
 import math
 import os
 import signal
-import textwrap
 import threading
 import time
 from dataclasses import asdict, dataclass, fields, replace
 
 import configurator
-from configurator import Process, fail, one_line_errors, run_main, say, setup
+from configurator import Process, fail, run_main, say, setup
 from data import checkpoints, runs
 from data.dataset import divide, open_dataset
 from data.tokenizers import tokenizer_from_dict
@@ -128,8 +127,6 @@ LIMITS = dict(  # no other number may be negative
     muon_lr=(1e-99, math.inf), seed=(0, 2**63 - 1), beta1=BELOW_ONE, beta2=BELOW_ONE,
     muon_momentum=BELOW_ONE, decay_frac=(0, 1))
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
-MAX_OVERFLOWS = 30  # give up after this many float16 overflows in a row
-SILENCE_S = 300  # a short evaluation with a sample comes after so many seconds without any
 _given = set()  # the keys that the user set, filled by configurator.py
 
 LEGEND = """legend of the log lines:
@@ -153,10 +150,7 @@ SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SI
 
 @contextlib.contextmanager
 def catch_signals(process):
-    """Collect signals in a dict, with the time of each; a second Ctrl-C exits at once.
-
-    At the end, the signal handlers of the beginning are put back.
-    """
+    """Collect signals in a dict, with the time of each; a second Ctrl-C exits at once."""
     signals, before = {}, {}
     # torchrun repeats the terminal's Ctrl-C, so within a second it is not a second one
     echo_s = 1 if process.world_size > 1 else 0
@@ -194,12 +188,12 @@ class Progress:
 def main(argv=None):
     """Train as argv says (by default the command line)."""
     checkpoint = read_settings(argv)  # or the weights of another model, or None
-    resuming, progress = init_from == 'resume', Progress()
+    resuming = init_from == 'resume'
+    progress = Progress(position=skip_batches * gradient_accumulation_steps * batch_size)
     if resuming:
         progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
     resumed_at = progress.iter_num if resuming else -1
-    end = progress.iter_num + (train_iters or max_iters)
-    last_iter = max(progress.iter_num, min(max_iters, end))
+    last_iter = min(max_iters, progress.iter_num + (train_iters or max_iters))
     # False if a signal prevented the evaluation at this step
     evaluated = resuming and checkpoint.get('evaluated', True)
     if is_over(progress, last_iter) and evaluated and not eval_only:
@@ -212,8 +206,7 @@ def main(argv=None):
     complete_settings(process)
     defaults = configurator.defaults_of(__name__)
     changed = [f'{k}={v}' for k, v in settings().items() if v != defaults[k] or k == 'out_dir']
-    process.print(textwrap.fill('settings: ' + ' '.join(changed), 79, subsequent_indent='  ',
-                                break_long_words=False, break_on_hyphens=False))
+    process.print('\n  '.join(['settings:', *changed]))
 
     # data
     meta, train_data, val_data = open_dataset(dataset, block_size, process)
@@ -224,18 +217,19 @@ def main(argv=None):
     # model and optimizers: new, from a checkpoint, or from other weights
     check_start(checkpoint, data_id, tokenizer, process)
     model = make_model(checkpoint, tokenizer, process)
-    process.print(f'{n_layer} layers, {n_head} heads, {n_embd} channels, '
-                  f'{model.num_params():,} parameters without position embeddings')
+    process.print(f'{model.num_params():,} parameters without position embeddings')
     learner = make_learner(model, process)
     if resuming:
         resume(learner, checkpoint, progress)
     checkpoint = None  # frees its memory
     if eval_only:
-        print_losses(learner, {'train': train_data, 'val': val_data})
+        for split, data in (('train', train_data), ('val', val_data)):
+            loss = evaluate(learner, data, eval_iters)
+            process.print(f'{split}_loss={loss:.4f} bits_per_byte={data.bits_per_byte(loss):.4f}')
         return process.close()
     windows = len(val_data.eval_starts(eval_iters * batch_size))
-    evaluated_on = f'{meta["sha256"][:8]}-{val_data.n}-{windows}x{block_size}'  # for bench.py
-    config = settings() | {'evaluated_on': evaluated_on}
+    evaluated_on = f'{meta["sha256"][:8]}-{val_data.n}-{windows}x{block_size}'
+    config = settings() | {'evaluated_on': evaluated_on}  # for bench.py
     metrics = runs.begin(config, model, resumed_at) if process.is_main else None
 
     with catch_signals(process) as signals:
@@ -250,27 +244,25 @@ def main(argv=None):
         stop, overflows = False, 0
         t0 = shown_at = time.perf_counter()
         while True:
-            # an evaluation is due at eval_interval and at the end; after minutes without one, a
+            # an evaluation is due at eval_interval and at the end; after 300 seconds without one, a
             # short one shows how it goes
             it, over = progress.iter_num, is_over(progress, last_iter)
             regular = it % eval_interval == 0 or over
-            eval_due = regular or it % log_interval == 0 and process.any(t0 - shown_at > SILENCE_S)
-            if it == resumed_at and evaluated:
-                eval_due = False
+            silent = it % log_interval == 0 and process.any(t0 - shown_at > 300)
+            eval_due = (regular or silent) and not (it == resumed_at and evaluated)
 
             # once in a while: evaluate, sample, and save the best weights
-            if eval_due and not stop:
+            if eval_due:
                 random_weights = it == 0 and init_from in ('scratch', 'resume')
-                n = eval_iters
-                if random_weights or not regular:  # a rough loss is enough
-                    n = min(eval_iters or 10, 10)
-                losses = [evaluate(learner, d, n, signals) for d in (train_data, val_data)]
-                stop = None in losses
+                rough = random_weights or not regular
+                n = min(eval_iters or 10, 10) if rough else eval_iters
+                train_loss = evaluate(learner, train_data, n, signals)
+                val_loss = evaluate(learner, val_data, n, signals)
+                stop = train_loss is None or val_loss is None  # a signal
             if eval_due and not stop:
-                train_loss, val_loss = losses
                 if not math.isfinite(train_loss + val_loss):
-                    checkpoints.give_up(f'the loss is not finite at iteration {it}', out_dir)
-                is_best = regular and not random_weights and val_loss < progress.best_val_loss
+                    fail(f'the loss is not finite at iteration {it}: weights not saved', code=1)
+                is_best = not rough and val_loss < progress.best_val_loss
                 if is_best:
                     progress.best_val_loss = val_loss
                 row = dict(train_loss=train_loss, val_loss=val_loss,
@@ -280,6 +272,7 @@ def main(argv=None):
                 process.print(f'step={it}/{last_iter} {words(row, 5)} ({n or "all"} batches)')
                 if metrics and regular:
                     metrics.write(step=it, **row)
+                    metrics.plot()
                 if sample_tokens:  # on all ranks: with fsdp each holds a shard
                     generator = process.generator('sample', it, device=process.device)
                     text = continue_text(model, tokenizer, prompt, sample_tokens, generator)
@@ -295,8 +288,6 @@ def main(argv=None):
                      evaluated=not (eval_due and stop),
                      optimizer=[opt.state_dict() for opt in learner.optimizers],
                      scaler=learner.scaler.state_dict())
-            if eval_due and metrics:
-                metrics.plot()
             if eval_due:
                 t0 = shown_at = time.perf_counter()
 
@@ -308,13 +299,16 @@ def main(argv=None):
             silent_s = progress.train_seconds - last_log.train_seconds
             log_due = it == 0 or (it + 1) % log_interval == 0 or silent_s > 10
             batches = training_batches(learner, train_data, progress)
-            factor = lr_factor(schedule_step(progress))
+            schedule_step = it
+            if max_seconds:  # the schedule runs with the time, if that is faster
+                schedule_step = max(it, max_iters * progress.train_seconds / max_seconds)
+            factor = lr_factor(schedule_step)
             row, stop, bad = update(learner, batches, factor, signals, timed=log_due)
             if bad == 'loss' or bad and not learner.scaler.is_enabled():
-                checkpoints.give_up(f'the {bad} is not finite at iteration {it}', out_dir)
+                fail(f'the {bad} is not finite at iteration {it}: weights not changed', code=1)
             overflows = overflows + 1 if bad else 0
-            if overflows == MAX_OVERFLOWS:
-                checkpoints.give_up(f'{overflows} float16 overflows in a row', out_dir)
+            if overflows == 30:
+                fail('30 float16 overflows in a row: weights not changed', code=1)
             if overflows:
                 process.print(f'note: float16 overflow, update skipped ({overflows} in a row)')
             now = process.clock(wait=log_due)
@@ -344,9 +338,7 @@ def main(argv=None):
                           f'after {hours(progress.train_seconds)} of training\n'
                           f'to sample: python sample.py --out_dir={out_dir}')
         if stop or not is_over(progress, max_iters):
-            reason = 'by a signal' if stop else f'after train_iters={train_iters} updates'
-            process.print(f'stopped {reason} at step {it}: '
-                          f'go on with --out_dir={out_dir} --init_from=resume')
+            process.print(f'stopped at step {it}, to go on: --out_dir={out_dir} --init_from=resume')
         if stop:
             raise SystemExit(128 + next(iter(signals), signal.SIGTERM))
 
@@ -368,44 +360,39 @@ def read_settings(argv):
     """
     given = configurator.read_arguments(__name__, argv)
     wanted = configurator.defaults_of(__name__) | given
-    start, folder = wanted['init_from'], wanted['out_dir']
+    source, folder = wanted['init_from'], wanted['out_dir']
     checkpoint, saved = None, {}
-    if start == 'auto':
+    if source == 'auto':
         names = [os.path.join(folder, name) for name in (wanted['ckpt'], 'ckpt_prev.pt')]
-        start = 'resume' if any(map(os.path.exists, names)) else 'scratch'
-        given['init_from'] = start
-    if start == 'resume':
-        checkpoint = checkpoints.load_checkpoint(os.path.join(folder, wanted['ckpt']))
+        source = 'resume' if any(map(os.path.exists, names)) else 'scratch'
+        given['init_from'] = source
+    if source == 'resume':
+        source = os.path.join(folder, wanted['ckpt'])
+        with checkpoints.usable(source):
+            checkpoint = checkpoints.read_checkpoint(source)
         if 'optimizer' not in checkpoint:
-            fail(f'{wanted["ckpt"]} holds only weights: resume from ckpt.pt or ckpt_prev.pt')
+            fail(f'{source} holds only weights: resume from ckpt.pt or ckpt_prev.pt')
         saved = checkpoint['config'] | checkpoint['model_args']
         saved = {k: v for k, v in saved.items() if k not in NOT_RESUMED}
-    elif wanted['skip_batches'] or wanted['ckpt'] != 'ckpt.pt':
-        fail('--skip_batches and --ckpt are for --init_from=resume')
-    elif start != 'scratch':
-        with checkpoints.usable(start):
-            checkpoint = checkpoints.read_weights(start, weights=False)
+    elif source != 'scratch':
+        with checkpoints.usable(source):
+            checkpoint = checkpoints.read_weights(source)
         saved = {k: v for k, v in checkpoint['model_args'].items() if k != 'dropout'}
     configurator.apply_settings(__name__, given, saved, check=check_settings)
     return checkpoint
 
 def complete_settings(process):
     """Set what depends on other settings or on the machine, unless the user gave it."""
-    global dtype, min_lr, parallel, warmup_iters
-    if init_from == 'resume' and dtype in ('bfloat16', 'float16') and 'dtype' not in _given:
-        fastest = configurator.pick_dtype(process.device.type)
-        if dtype != fastest:
-            process.print(f'note: dtype={dtype}, as before; here, --dtype={fastest} is faster')
+    global dtype, min_lr, warmup_iters
+    fastest = configurator.pick_dtype(process.device.type)
+    if init_from == 'resume' and dtype not in ('auto', fastest) and 'dtype' not in _given:
+        process.print(f'note: dtype={dtype}, as before; here, --dtype={fastest} is faster')
     dtype = str(process.dtype).removeprefix('torch.')
     if decay_lr and min_lr > learning_rate:
         min_lr = learning_rate / 10  # the default ratio
     if init_from != 'resume' and 'warmup_iters' not in _given:
         warmup_iters = min(warmup_iters, (lr_decay_iters or max_iters) // 10)
-    if parallel == 'fsdp' and process.world_size == 1 and 'parallel' not in _given:
-        parallel = 'ddp'
-        process.print('note: --parallel=ddp, because there is only one process')
-    if process.device.type == 'cpu' and init_from == 'scratch' \
-            and not {'max_iters', 'max_seconds'} & _given:
+    if process.device.type == 'cpu' and not {'max_iters', 'max_seconds', 'init_from'} & _given:
         process.print(f'note: {max_iters} updates may take many hours on a CPU. Five minutes: '
                       'python train.py config/train_shakespeare_char.py --max_seconds=300')
 
@@ -418,25 +405,17 @@ def check_settings():
         problems += str(e).split('; ')
     if head_lr and tie_weights:
         problems.append(f'head_lr={head_lr} needs --tie_weights=False')
-    if decay_lr and 0 < lr_decay_iters < warmup_iters and 'warmup_iters' in _given:
-        problems.append(f'lr_decay_iters={lr_decay_iters} is below warmup_iters={warmup_iters}')
     if decay_lr and min_lr > learning_rate and 'min_lr' in _given:
         problems.append(f'min_lr={min_lr} is above learning_rate={learning_rate}')
     return problems
 
 def model_config(vocab_size):
     """Return the GPTConfig of the settings; GPT-2's vocabulary is padded to a multiple of 64."""
-    present = settings()
-    shape = {field.name: present[field.name] for field in fields(GPTConfig)
-             if field.name != 'vocab_size'}
+    shape = {k: v for k, v in settings().items() if k in GPTConfig.__annotations__}
     return GPTConfig(vocab_size=50304 if vocab_size == 50257 else vocab_size, **shape)
 
 def check_start(checkpoint, data_id, tokenizer, process):
-    """Fail if settings or data contradict the checkpoint, or if ranks disagree about its step.
-
-    checkpoint: a checkpoint, the weights of another model, or None. data_id: the dataset's name,
-    sha256 and numbers of tokens, as a checkpoint stores them. The name may differ.
-    """
+    """Fail if settings or data contradict the checkpoint, or if ranks disagree about its step."""
     resuming = init_from == 'resume'
     steps = process.gather(checkpoint['iter_num'] if resuming else 0)
     if len(set(steps)) > 1:
@@ -450,22 +429,13 @@ def check_start(checkpoint, data_id, tokenizer, process):
         if key in _given and present[key] != value and not may_change:
             problems.append(f'{key}={present[key]} but the model of {source} has {key}={value}')
     if checkpoint['tokenizer'] != tokenizer.to_dict():
-        problems.append(f'data/{dataset} has a vocabulary of {tokenizer.vocab_size} other tokens '
-                        f'than {source}: write it in the same tokens with python '
+        problems.append(f'data/{dataset} is in other tokens than {source}: prepare it with '
                         f'data/text/prepare.py --input=FILE --name=NAME --tokenizer={source}')
-    if resuming:
-        saved, before = checkpoint['data'], checkpoint['config']
-        other_data = saved and any(saved[key] != data_id[key] for key in ('sha256', 'tokens'))
-        if other_data and not eval_only:  # evaluation takes any data in the same tokens
+    if resuming and not eval_only:  # evaluation takes any data in the same tokens
+        saved = checkpoint['data']
+        if saved and any(saved[key] != data_id[key] for key in ('sha256', 'tokens')):
             problems.append(f'data/{dataset} is not the text that the checkpoint was trained on: '
-                            f'resume with --dataset={saved["dataset"]}, or only evaluate with '
-                            '--eval_only=True')
-        if skip_batches < before.get('skip_batches', 0):
-            problems.append(f'skip_batches={skip_batches} is below the {before["skip_batches"]} '
-                            'that were skipped already')
-        # a checkpoint of nanoGPT is loaded without its optimizer
-        if len(checkpoint['optimizer']) not in (0, 2 if optimizer == 'muon' else 1):
-            problems.append(f'optimizer={optimizer} but the checkpoint was trained with another')
+                            f'resume with --dataset={saved["dataset"]}')
     if problems:
         fail(*problems)
 
@@ -477,8 +447,6 @@ def make_model(checkpoint, tokenizer, process):
     if checkpoint:
         path = os.path.join(out_dir, ckpt) if init_from == 'resume' else init_from
         with checkpoints.usable(path):
-            if 'model' not in checkpoint:  # all is well so far: now the download is worth it
-                checkpoint = checkpoints.read_weights(path)
             return checkpoints.load_model(checkpoint, dropout=dropout, block_size=block_size)
     config = model_config(tokenizer.vocab_size)
     need_memory(config, process)
@@ -488,14 +456,12 @@ def need_memory(config, process):
     """Fail if weights, gradients and optimizer of this GPTConfig exceed the device's memory."""
     with torch.device('meta'):  # shapes without memory
         n = GPT(config).num_params(non_embedding=False)
-    need = 16 * n  # weights, gradients and two moments of AdamW, in float32
-    if parallel == 'fsdp':
-        need /= process.world_size
+    shards = process.world_size if parallel == 'fsdp' else 1
+    need = 16 * n / shards  # weights, gradients and two moments of AdamW, in float32
     have = configurator.total_memory(process.device)
     if need > have:
         fail(f'a model of {n / 1e6:,.0f}M parameters takes {need / 1e9:.1f} GB in training, '
-             f'{process.device} has {have / 1e9:.1f} GB: use a smaller n_embd or n_layer, or '
-             '--parallel=fsdp on more devices')
+             f'{process.device} has {have / 1e9:.1f} GB')
 
 @dataclass
 class Learner:
@@ -513,8 +479,7 @@ class Learner:
 def make_learner(model, process):
     """Give all processes the same weights, or each a shard of them, and make the optimizers."""
     if parallel == 'fsdp' and (process.world_size == 1 or process.dtype == torch.float16):
-        fail('--parallel=fsdp needs torchrun --nproc_per_node=N, N > 1, and float32 or bfloat16: '
-             'use --parallel=ddp')
+        fail('--parallel=fsdp is for torchrun, and float32 or bfloat16: use --parallel=ddp')
     micro_batches, rows, parts = divide(gradient_accumulation_steps, batch_size, process)
     model.activation_checkpointing = activation_checkpointing
     for module in model.modules():
@@ -559,34 +524,33 @@ def make_optimizers(model, process):
 
 def resume(learner, checkpoint, progress):
     """Load the state of the optimizers, and skip the data that skip_batches adds."""
-    path, before = os.path.join(out_dir, ckpt), checkpoint['config']
-    checkpoints.load_optimizers(path, checkpoint, learner.optimizers, learner.scaler)
-    skipped = skip_batches - before.get('skip_batches', 0)
+    path = os.path.join(out_dir, ckpt)
+    with checkpoints.usable(path):
+        for opt, saved in zip(learner.optimizers, checkpoint['optimizer']):
+            checkpoints.load_optimizer(opt, saved)
+    if checkpoint['scaler']:
+        learner.scaler.load_state_dict(checkpoint['scaler'])
+    skipped = skip_batches - checkpoint['config'].get('skip_batches', 0)
     progress.position += skipped * gradient_accumulation_steps * batch_size
-    changed = [f', {k}={v} (was {before[k]})' for k, v in settings().items()
-               if k not in NOT_RESUMED and before.get(k, v) != v]
-    learner.process.print(f'resumed {path} at step {progress.iter_num}{"".join(changed)}')
+    learner.process.print(f'resumed {path} at step {progress.iter_num}')
 
 def compile_forward(learner):
     """Compile the forward pass with a batch of zeros, if asked to."""
     process, model = learner.process, learner.model
     if not process.compile:
         return
-    t0 = process.clock()
     process.print('compiling ...')
     if parallel == 'fsdp':  # torch.compile cannot compile FSDP's work between the blocks
         model.compile_in_parts()
     else:  # only the loss: returned logits would cost memory and get a gradient of zeros
         learner.forward = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(len(learner.rows), block_size, dtype=torch.int64, device=process.device)
-    errors = (torch._dynamo.exc.TorchDynamoException,)  # no C++ compiler, say
-    with one_line_errors('cannot compile, use --compile=False: ', errors), process.autocast():
+    with process.autocast():
         # clone: one tensor passed twice would be compiled differently
         learner.forward(idx, idx.clone())[1].backward()
     model.zero_grad(set_to_none=learner.flat is None)
     gc.collect()
     gc.freeze()  # torch's own objects stay: do not search them for garbage again
-    process.print(f'compiled in {process.clock() - t0:.1f} s')
 
 # -----------------------------------------------------------------------------
 # the update
@@ -661,12 +625,6 @@ def update(learner, batches, factor, signals=(), timed=True):
     row = {'loss': loss, 'norm': norm_value, 'lr': learning_rate * factor, 'dtf': dtf, 'dtb': dtb}
     return row, stop > 0, bad
 
-def schedule_step(progress):
-    """Return at which update the schedule is; its time runs with max_seconds, if that is faster."""
-    if not max_seconds:
-        return progress.iter_num
-    return max(progress.iter_num, max_iters * progress.train_seconds / max_seconds)
-
 def lr_factor(it):
     """Return the learning rates of update `it` (from 0), as a fraction of their peaks."""
     if not decay_lr:
@@ -685,34 +643,21 @@ def fraction_done(it, start, end):
 
 @torch.no_grad()
 def evaluate(learner, data, n, signals=()):
-    """Return the mean loss over n batches of data, the same ones every time (0: over all data).
-
-    Returns None if a rank has received a signal.
-    """
+    """Return the mean loss over n batches of data (0: all), or None if a rank got a signal."""
     process, model = learner.process, learner.model
-    total, stop = torch.zeros(2, dtype=torch.float64), False  # sum of losses, number of tokens
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
     model.eval()
     for idx, targets in data.eval_batches(n, batch_size, process):
-        if stop := process.any(signals):
-            break
+        if process.any(signals):
+            return None
         with process.autocast():
             _, loss = model(process.to_device(idx), process.to_device(targets))
         if count := (targets >= 0).sum():
             total += torch.stack([loss.cpu().double() * count, count.double()])
     model.train()
-    if stop:
-        return None
     if process.world_size > 1:
         total = process.all_reduce(total.to(process.device))
     return (total[0] / total[1]).item()
-
-def print_losses(learner, splits):
-    """Print loss, perplexity and bits per byte of each split."""
-    for split, data in splits.items():
-        loss = evaluate(learner, data, eval_iters)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        learner.process.print(f'{split}_loss={loss:.4f} perplexity={perplexity:.3f} '
-                              f'bits_per_byte={data.bits_per_byte(loss):.4f}')
 
 def speeds(dt, learner, peak):
     """Return the speeds of an update that takes dt seconds, as LEGEND explains them."""

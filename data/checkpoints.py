@@ -10,18 +10,17 @@ import contextlib
 import os
 import re
 import zipfile
-from dataclasses import fields
 
 from configurator import fail, first_line, say, torchrun
-from data.dataset import complete_dataset, read_meta
+from data.dataset import read_meta
 from data.files import cannot_write, replace_file
-from data.huggingface import GPT2_NAMES, read_pretrained
+from data.huggingface import read_pretrained
 from data.tokenizers import tokenizer_size
 from model import GPT, GPTConfig, is_sharded
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 VERSION = 1  # of the format
 WTE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
@@ -33,28 +32,20 @@ NUMPY_SCALARS = [np.dtype, *{type(np.dtype(code)) for code in '?bhilqBHILQefd'},
 # -----------------------------------------------------------------------------
 # reading
 
-def read_weights(source, weights=True):
+def read_weights(source):
     """Return weights with their model_args and tokenizer, as a dict; a checkpoint has more keys.
 
-    source: a run's folder, a checkpoint, a name of GPT-2, or a folder of Hugging Face. weights:
-    False leaves out what may have to be downloaded. ValueError or OSError says what is wrong.
+    source: a run's folder, a checkpoint, a name on the hub, or a folder of transformers.
     """
     path = checkpoint_path(source)
     if path or source.endswith(('.pth', '.pt')):
         return read_checkpoint(path or source)
-    return read_pretrained(source, weights)
+    return read_pretrained(source)
 
-def checkpoint_path(init_from):
-    """Return the path of the weights if --init_from names a run's folder or checkpoint, or None."""
-    if init_from in GPT2_NAMES:
-        return None
-    names = [os.path.join(init_from, 'model.pth'), os.path.join(init_from, 'ckpt.pt'), init_from]
+def checkpoint_path(source):
+    """Return the path of the weights if source is a run's folder or a checkpoint, or None."""
+    names = [os.path.join(source, 'model.pth'), os.path.join(source, 'ckpt.pt'), source]
     return next(filter(os.path.isfile, names), None)
-
-def load_checkpoint(path):
-    """Return the checkpoint at path, its tensors on the CPU; fail if it is missing or damaged."""
-    with usable(path):
-        return read_checkpoint(path)
 
 @contextlib.contextmanager
 def usable(source):
@@ -77,32 +68,24 @@ def read_checkpoint(path):
         raise ValueError('there is no such file: train first, or give another --out_dir')
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not check
-                raise ValueError(f'{damaged} in it is damaged')
+            damaged = archive.testzip()  # torch.load does not check
+    except zipfile.BadZipFile:
+        damaged = True
+    if damaged:
+        raise ValueError('it is cut short, damaged, or no checkpoint at all')
+    try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except zipfile.BadZipFile:
-        raise ValueError('it is cut short, damaged, or no checkpoint at all')
-    except ValueError:
-        raise
     except Exception as e:
         reason = first_line(e)
         if refused := re.search(r'GLOBAL (\S+)', str(e)):
             reason = f'{refused[1]} is code: save only tensors, numbers, strings, lists and dicts'
         raise ValueError(f'torch refuses it: {reason}')
     checkpoint = tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, checkpoint)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'it holds a {type(checkpoint).__name__} instead of a dict')
-    version = checkpoint.get('format', 0)
-    if not isinstance(version, int) or version > VERSION:
-        raise ValueError(f'its format {version} is newer than what this quill reads ({VERSION})')
-    if 'format' not in checkpoint:
+    if not isinstance(checkpoint, dict) or 'format' not in checkpoint:
         adopt_nanogpt_checkpoint(checkpoint)
-    needed = {'model', 'model_args', 'config', 'tokenizer', 'iter_num'}
-    if 'val_loss' not in checkpoint:
-        needed |= {'optimizer', 'scaler', 'best_val_loss', 'train_seconds', 'data', 'position'}
-    if missing := needed - set(checkpoint):
-        raise ValueError(f'it has no {", ".join(sorted(missing))}')
+    elif checkpoint['format'] != VERSION:
+        raise ValueError(f'its format is {checkpoint["format"]!r}: this quill reads {VERSION}')
     return checkpoint
 
 def adopt_nanogpt_checkpoint(checkpoint):
@@ -114,13 +97,11 @@ def adopt_nanogpt_checkpoint(checkpoint):
         checkpoint['best_val_loss'] = float(checkpoint['best_val_loss'])
         name = os.path.basename(checkpoint['config']['dataset'])
         gpt2 = checkpoint['model_args']['vocab_size'] in (50257, 50304)
-    except (KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         raise ValueError('it is a checkpoint neither of quill nor of nanoGPT')
     # without the causal mask
     checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
     try:
-        if not gpt2:
-            complete_dataset(name)
         tokenizer = {'kind': 'gpt2'} if gpt2 else read_meta(name)['tokenizer']
     except SystemExit:
         raise ValueError(f"it is nanoGPT's and holds no tokenizer: prepare data/{name} first")
@@ -129,18 +110,12 @@ def adopt_nanogpt_checkpoint(checkpoint):
     checkpoint['tokenizer'] = tokenizer
     checkpoint |= dict(optimizer=[], scaler={}, train_seconds=0.0, data={}, position=0)
     if torchrun('RANK', 0) == 0:
-        say("note: this checkpoint is nanoGPT's: its optimizer starts anew, and nothing tells "
-            'whether the data is the same')
+        say("note: this checkpoint is nanoGPT's: its optimizer starts anew, its data is unknown")
 
 def load_model(checkpoint, **changes):
-    """Return the GPT of a checkpoint; changes replace its model_args.
-
-    A smaller block_size keeps that many learned positions. ValueError says what does not fit.
-    """
-    args, weights = checkpoint['model_args'] | changes, dict(checkpoint['model'])
-    if unknown := set(args) - {field.name for field in fields(GPTConfig)}:
-        raise ValueError(f'its model_args have {min(unknown)}, which this quill does not know')
-    config = GPTConfig(**args)
+    """Return the GPT of a checkpoint; changes replace its model_args. ValueError: no fit."""
+    weights = dict(checkpoint['model'])
+    config = GPTConfig(**checkpoint['model_args'] | changes)
     if tokenizer_size(checkpoint['tokenizer']) > config.vocab_size:
         raise ValueError('its tokenizer has more tokens than its model')
     if config.n_layer > len(weights):
@@ -159,20 +134,11 @@ def load_model(checkpoint, **changes):
         words = ' '.join(str(e).split()[:30])
         raise ValueError(f'its weights do not fit its model_args ({words})')
     if config.tie_weights and not torch.equal(model.lm_head.weight, weights[WTE].float()):
-        raise ValueError('lm_head.weight differs from wte.weight, so the weights are not tied: '
-                         'config.json needs "tie_word_embeddings": false')
+        raise ValueError('lm_head is not tied: config.json needs "tie_word_embeddings": false')
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise ValueError(f'{name} has numbers that are not finite: take earlier weights')
     return model
-
-def load_optimizers(path, checkpoint, optimizers, scaler):
-    """Load the states of the optimizers and of the float16 scaler of the checkpoint at path."""
-    with usable(path):
-        for optimizer, saved in zip(optimizers, checkpoint['optimizer']):
-            load_optimizer(optimizer, saved)
-    if checkpoint['scaler'] and scaler.is_enabled():
-        scaler.load_state_dict(checkpoint['scaler'])
 
 def load_optimizer(optimizer, saved):
     """Load the moments and the last learning rate; other hyperparameters keep this run's values.
@@ -185,8 +151,7 @@ def load_optimizer(optimizer, saved):
         # clone, or the tensor stays backed by the memory-mapped checkpoint
         state[i] = {name: t.clone() for name, t in saved['state'].get(i, {}).items()}
         if {t.shape for name, t in state[i].items() if name != 'step'} != {p.shape}:
-            raise ValueError('the state of its optimizer does not fit: '
-                             f'parameter {i} has other shapes')
+            raise ValueError('the state of its optimizer does not fit: resume with its --optimizer')
         if is_sharded(p):
             from torch.distributed.tensor import distribute_tensor
             state[i] |= {name: distribute_tensor(t.to(p.device), p.device_mesh, p.placements,
@@ -203,8 +168,7 @@ def load_optimizer(optimizer, saved):
 def write_checkpoint(path, process, checkpoint):
     """Write a checkpoint so that `path` is always the old file or the new one, whole.
 
-    All ranks call this together, rank 0 writes. The previous ckpt.pt stays as ckpt_prev.pt. Exits
-    with code 1 if the disk refuses.
+    All ranks call this together, rank 0 writes. The previous ckpt.pt stays as ckpt_prev.pt.
     """
     def gather(x):  # sharded tensors become whole, on the CPU of rank 0 only
         if is_sharded(x):
@@ -219,20 +183,7 @@ def write_checkpoint(path, process, checkpoint):
     try:
         with replace_file(path, keep) as f:
             torch.save(checkpoint, f)
-    except (OSError, RuntimeError) as e:
-        e = e if isinstance(e, OSError) else e.__context__  # torch hides the OSError of the file
-        if not isinstance(e, OSError):
-            raise
-        size = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
-        cannot_write(path, e, f', {size / 1e6:.1f} MB are needed; {unchanged(folder)}')
+    except (OSError, RuntimeError) as e:  # torch hides the OSError of the file in a RuntimeError
+        reason = e if isinstance(e, OSError) else e.__context__
+        cannot_write(path, reason or e)
     say(f'saved {path} (step {checkpoint["iter_num"]})')
-
-def unchanged(out_dir):
-    """Return, as the end of an error line, whether out_dir holds a checkpoint to go on from."""
-    if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        return f'the last checkpoint in {out_dir} is as it was'
-    return f'{out_dir} holds no checkpoint yet'
-
-def give_up(problem, out_dir):
-    """End a run with exit code 1 before its weights change."""
-    fail(f'{problem}: stopped before the weights changed, {unchanged(out_dir)}', code=1)

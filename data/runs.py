@@ -10,7 +10,6 @@ import re
 import time
 
 from configurator import HERE, fail, first_line, say
-from data.checkpoints import unchanged
 from data.files import cannot_write, lock, need_space, replace_file, write_atomic
 
 import torch
@@ -164,7 +163,7 @@ class Metrics:
             with open(self.path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(row) + '\n')
         except OSError as e:
-            cannot_write(self.path, e, f'; {unchanged(self.out_dir)}')
+            cannot_write(self.path, e)
         if self.wandb:
             self.attempt('wandb', self.wandb.log, row, step=row['step'])
 

@@ -85,10 +85,9 @@ Data is missing, cut short, of an odd length, or outside the vocabulary.
 The data differs between nodes.
     The run is refused before training.
     test_ranks_with_different_data_are_refused
-A model can never fit into memory, or cannot be compiled.
+A model can never fit into memory.
     One line says so, and nothing on the disk has changed.
     test_a_model_that_can_never_fit_is_refused_with_its_size
-    test_a_compiler_that_is_missing_is_one_line
 Weights are trained further on data in other tokens.
     The run is refused; the error names the command that writes a text in the right tokens.
     test_weights_of_another_alphabet_or_shape_are_refused
@@ -366,7 +365,7 @@ def test_a_full_disk_ends_with_exit_code_1_and_the_old_checkpoint(project, train
     last = err.splitlines()[-1]
     assert child.returncode == 1 and 'Traceback' not in err
     assert re.match(rf'error: cannot write {out}/(model.pth|ckpt.pt) \(File too large\)', last)
-    assert re.search(r'[\d.]+ MB are free, [\d.]+ MB are needed', last)
+    assert re.search(r': [\d.]+ MB are free$', last)
     after = snapshot(out)
     for name in before:
         assert after[name] == before[name] or not name.endswith(('ckpt.pt', 'ckpt_prev.pt'))
@@ -552,7 +551,7 @@ def test_a_second_ctrl_c_leaves_at_once(project, train_run, tmp_path):
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
     rest, _ = child.communicate(timeout=10)
-    assert child.returncode == 130 and 'stopped by a signal' not in rest
+    assert child.returncode == 130 and 'stopped at step' not in rest
     assert read_checkpoint(str(out / 'ckpt.pt'))['iter_num'] >= 2
 
 
@@ -565,7 +564,7 @@ def test_under_torchrun_all_ranks_leave_on_the_same_step(project, tmp_path):
     child.send_signal(signal.SIGTERM)
     rest, err = child.communicate(timeout=60)
     n = load(out)['iter_num']
-    assert n >= 5 and rest.count(f'stopped by a signal at step {n}') == 1
+    assert n >= 5 and rest.count(f'stopped at step {n}, to go on: ') == 1
     assert 'Connection' not in err
 
 
@@ -693,8 +692,7 @@ def test_a_bad_number_ends_the_run_with_exit_code_1(fails, tmp_path, monkeypatch
         return row, stop, bad if third else found
     monkeypatch.setattr(train, 'update', update)
     err = fails(*FAST, '--eval_interval=2', code=1)
-    assert err == (f'error: the {bad} is not finite at iteration 2: stopped before the weights '
-                   f'changed, the last checkpoint in {tmp_path}/out is as it was\n')
+    assert err == f'error: the {bad} is not finite at iteration 2: weights not changed\n'
     assert load(tmp_path / 'out')['iter_num'] == 2
 
 
@@ -711,7 +709,7 @@ def test_float16_overflows_are_skipped_and_many_in_a_row_are_fatal(
     assert 1 <= out.count('float16 overflow') < 15 and '(1 in a row)' in out
     start_at(2.0**100)
     err = fails('--dtype=float16', '--max_iters=100', '--eval_interval=100', code=1)
-    assert 'error: 30 float16 overflows in a row: ' in err
+    assert 'error: 30 float16 overflows in a row: weights not changed\n' in err
 
 
 def test_a_bad_stretch_of_data_can_be_skipped_from_the_previous_checkpoint(
@@ -723,7 +721,7 @@ def test_a_bad_stretch_of_data_can_be_skipped_from_the_previous_checkpoint(
     resumed = train_run('--init_from=resume', '--ckpt=ckpt_prev.pt', '--skip_batches=5',
                         '--train_iters=2')
     text = capsys.readouterr().out
-    assert f'resumed {out}/ckpt_prev.pt at step 6, skip_batches=5 (was 0)' in text
+    assert f'resumed {out}/ckpt_prev.pt at step 6\n' in text
     kept = [f for f in os.listdir(out) if re.fullmatch(r'ckpt-9-.*\.pt', f)]
     assert len(kept) == 1 and same_tensors(load(out, kept[0])['model'], last['model'])
     # the new updates could have replaced this file
@@ -731,8 +729,6 @@ def test_a_bad_stretch_of_data_can_be_skipped_from_the_previous_checkpoint(
     assert len(kept) == 1 and load(out, kept[0])['val_loss'] == best['val_loss']
     assert resumed['iter_num'] == 8 and resumed['position'] == (8 + 5) * 4
     assert load(out, 'ckpt_prev.pt')['iter_num'] == 6
-    err = fails('--init_from=resume', '--skip_batches=4')
-    assert 'skip_batches=4 is below the 5 ' in err
     # the number is a total: torchrun may start the same command again
     again = train_run('--init_from=resume', '--skip_batches=5', '--train_iters=1')
     assert again['position'] == (9 + 5) * 4
@@ -803,10 +799,8 @@ class Evil:
 
 # kind of damage: (keys of the checkpoint that are replaced, words of the error)
 CHANGES = {
-    'newer': ({'format': VERSION + 1}, f'format {VERSION + 1} is newer'),
-    'no number': ({'format': '1'}, 'format 1 is newer'),
-    'no optimizer': ({'optimizer': None}, 'no optimizer'),
-    'no position': ({'position': None}, 'no position'),
+    'newer': ({'format': VERSION + 1}, f'its format is {VERSION + 1}: '),
+    'no number': ({'format': '1'}, "its format is '1': "),
     'shape': ({'model_args': {'n_embd': 64}}, 'do not fit'),
     'huge': ({'model_args': {'n_layer': 10**9}}, 'too few weights for n_layer=1000000000'),
     'no integer': ({'model_args': {'n_head': 2.0}}, 'n_head=2.0 must be an integer'),
@@ -824,8 +818,6 @@ def damage(path, kind, tmp_path):
         for key, value in changes.items():
             nested = key in ('model_args', 'config')
             checkpoint[key] = checkpoint[key] | value if nested else value
-            if value is None:
-                del checkpoint[key]
         torch.save(checkpoint, path)
         return words
     if kind == 'truncated':
@@ -857,7 +849,7 @@ def damage(path, kind, tmp_path):
             pickle.dump(Evil(), f)
     elif kind == 'list':
         torch.save([checkpoint], path)
-        return 'a list instead of a dict'
+        return 'neither of quill nor of nanoGPT'
     elif kind == 'no format':
         torch.save({'weights': torch.zeros(3)}, path)
         return 'neither of quill nor of nanoGPT'
@@ -974,7 +966,6 @@ def test_an_error_of_torch_without_words_is_named(train_run, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize('change, words', [
-    (lambda c: c.pop('config'), 'it has no config'),
     (lambda c: c['model_args'].update(n_head=2.0), 'n_head=2.0 must be an integer'),
     (lambda c: c['model_args'].update(vocab_size=91), 'its tokenizer has more tokens'),
     (lambda c: c['model'].update({'lm_head.weight': c['model']['lm_head.weight'].to_sparse()}),
@@ -1108,7 +1099,7 @@ def test_resume_refuses_other_data(train_run, fails, broken, tmp_path):
     other = meta['tokenizer'] | {'chars': meta['tokenizer']['chars'][:-1] + 'é'}
     for change, words in (({'sha256': 'f' * 64}, 'is not the text that the checkpoint was'),
                           ({'tokens': {'train': 100, 'val': 100}}, 'is not the text that'),
-                          ({'tokenizer': other}, 'has a vocabulary of 93 other tokens')):
+                          ({'tokenizer': other}, 'is in other tokens than')):
         (broken / 'meta.json').write_text(json.dumps(meta | change))
         for split in meta['tokens'] if 'tokens' in change else ():
             os.truncate(broken / f'{split}.bin', 200)
@@ -1209,18 +1200,10 @@ def test_a_deleted_out_dir_is_made_again(train_run, tmp_path, monkeypatch):
     assert load(out, 'model.pth')['iter_num'] and metrics(out)[1][-1]['step'] == 6
 
 
-def test_a_run_without_a_checkpoint_does_not_promise_one(train_run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e:
-        train_run(*FAST, '--learning_rate=1e30', '--decay_lr=False', '--grad_clip=0',
-                  '--eval_interval=100', '--max_iters=99')
-    err = capsys.readouterr().err
-    assert e.value.code == 1 and 'holds no checkpoint yet' in err and 'as it was' not in err
-
-
 def test_resume_refuses_another_optimizer_and_weights_alone(train_run, fails, tmp_path):
     train_run(*FAST, '--max_iters=3')
     before = snapshot(tmp_path)
-    for argument, words in (('--optimizer=muon', 'optimizer=muon but'),
+    for argument, words in (('--optimizer=muon', 'resume with its --optimizer'),
                             ('--ckpt=model.pth', 'holds only weights')):
         assert words in fails('--init_from=resume', '--max_iters=6', argument)
         assert snapshot(tmp_path) == before
@@ -1228,8 +1211,8 @@ def test_resume_refuses_another_optimizer_and_weights_alone(train_run, fails, tm
 
 @pytest.mark.parametrize('arguments', [
     ['--init_from=resume'], ['--device=cuda'], ['--batch_size=-1', '--top_k=3'],
-    ['config/none.py'], ['--init_from=gpt3'], ['--skip_batches=3'], [f'--seed={2**64}'],
-    ['--backend=tcp'], ['--compile=maybe'], ['--min_lr=1'], ['--lr_decay_iters=1'],
+    ['config/none.py'], ['--init_from=gpt3'], [f'--seed={2**64}'],
+    ['--backend=tcp'], ['--compile=maybe'], ['--min_lr=1'],
     ['--timeout_s=1e14'], ['--dtype=int4'], ['--parallel=tensor']])
 def test_user_mistakes_change_nothing(project, fails, tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -1277,15 +1260,6 @@ def test_a_model_that_can_never_fit_is_refused_with_its_size(fails, tmp_path, mo
     err = fails('--n_embd=2048', '--tie_weights=False')
     assert f'a model of {n / 1e6:.0f}M parameters takes {16 * n / 1e9:.1f} GB' in err
     assert 'cpu has 1.0 GB' in err and os.listdir(tmp_path) == []
-
-
-def test_a_compiler_that_is_missing_is_one_line(fails, tmp_path, monkeypatch):
-    import torch._inductor.config
-    monkeypatch.setattr(torch._inductor.config.cpp, 'cxx', ('no-such-compiler',))
-    monkeypatch.setattr(torch._inductor.config, 'compile_threads', 1)
-    err = fails(*FAST, '--compile=True')
-    assert len(err.splitlines()) == 1 and 'use --compile=False' in err
-    assert 'compiler' in err.lower()
 
 
 def test_a_finished_run_says_so_before_anything_else(train_run, tmp_path, capsys):
@@ -1344,13 +1318,13 @@ def test_weights_of_another_alphabet_or_shape_are_refused(train_run, fails, tmp_
     assert not (tmp_path / 'next').exists()
 
 
-def test_a_run_with_fsdp_goes_on_in_one_process(train_run, fails, tmp_path, capsys):
+def test_a_run_with_fsdp_goes_on_in_one_process_if_told_to(train_run, fails, tmp_path):
     checkpoint = train_run(*FAST, '--max_iters=3')
     checkpoint['config']['parallel'] = 'fsdp'
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
-    assert train_run('--init_from=resume', '--max_iters=6')['config']['parallel'] == 'ddp'
-    assert 'note: --parallel=ddp, because' in capsys.readouterr().out
-    assert 'use --parallel=ddp' in fails('--init_from=resume', '--max_iters=9', '--parallel=fsdp')
+    assert 'use --parallel=ddp' in fails('--init_from=resume', '--max_iters=6')
+    resumed = train_run('--init_from=resume', '--max_iters=6', '--parallel=ddp')
+    assert resumed['config']['parallel'] == 'ddp'
 
 
 # ---- small mistakes that no other test would notice
@@ -1373,6 +1347,13 @@ def test_a_second_ctrl_c_exits_but_torchruns_echo_of_the_first_does_not(
     finally:
         signal.signal(signal.SIGINT, before)
     assert list(caught) == [signal.SIGINT] and codes == exits
+
+
+def test_a_new_run_skips_data_too(train_run, read_at):
+    assert train_run(*FAST, '--skip_batches=3', '--train_iters=2')['position'] == (3 + 2) * 4
+    assert read_at == [12, 16]
+    resumed = train_run('--init_from=resume', '--skip_batches=4', '--train_iters=1')
+    assert resumed['position'] == (4 + 3) * 4 and read_at[2:] == [24]
 
 
 def test_the_position_in_the_data_counts_every_micro_batch(train_run, read_at):
@@ -1441,7 +1422,6 @@ def test_a_run_stopped_before_its_first_evaluation_can_be_sampled(
         capsys.readouterr()
         sample.main()
         text = capsys.readouterr().out
-        assert text.count(f'note: {out} has no model.pth') == 1
         assert f'last weights: {out}/ckpt.pt, step 3' in text
     configure('sample', [])
 

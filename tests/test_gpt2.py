@@ -325,7 +325,7 @@ def test_gpt2_with_rows_of_padding_trains_resumes_and_samples_no_padding(
     saved = train_run(*given, *shape, '--max_iters=5', '--eval_interval=5')
     out = capsys.readouterr().out
     assert saved['model']['transformer.wte.weight'].shape == (vocab_size, 8)
-    assert ' at step 5, after [prompt] ---' in out
+    assert '--- sample of the model at step 5, after [prompt] ---' in out
     saved = train_run('--init_from=resume', '--max_iters=8')
     assert saved['iter_num'] == 8 and saved['model_args']['vocab_size'] == vocab_size
 

@@ -559,7 +559,7 @@ def test_settings_come_from_the_checkpoint_unless_given(train_run, tmp_path, cap
     assert checkpoint['iter_num'] == 12
     assert checkpoint['optimizer'][0]['param_groups'][0]['weight_decay'] == 0.3
     out = capsys.readouterr().out
-    assert 'weight_decay=0.3 (was 0.1)' in out and 'max_iters=12 (was 10)' in out
+    assert '\n  weight_decay=0.3\n' in out and '\n  max_iters=12\n' in out
     # a finished run says so
     train_run('--init_from=resume')
     assert 'nothing to do' in capsys.readouterr().out
@@ -700,7 +700,7 @@ def test_a_run_that_is_behind_its_checkpoint_evaluates_and_ends(project, train_r
     torch.save(checkpoint | {'evaluated': False}, tmp_path / 'out' / 'ckpt.pt')
     out, _ = script(project, 'train.py', f'--out_dir={tmp_path / "out"}', '--init_from=resume',
                     '--max_iters=2')
-    assert out.count('step=4/4 train_loss=') == 1 and 'step=5' not in out
+    assert out.count('step=4/2 train_loss=') == 1 and 'step=5' not in out
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(train_run, project, capsys):
@@ -747,19 +747,11 @@ def test_eval_only_prints_losses_and_writes_nothing(train_run, tmp_path, capsys)
     with pytest.raises(FileNotFoundError):
         train_run('--eval_only=True')
     out = capsys.readouterr().out
-    losses = re.findall(r'_loss=(4\.\d+) perplexity=(\S+) bits_per_byte=(\S+)', out)
+    losses = re.findall(r'_loss=(4\.\d+) bits_per_byte=(\S+)', out)
     assert len(losses) == 2
-    for loss, perplexity, bits in losses:  # a character of this text is a byte
-        assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+    for loss, bits in losses:  # a character of this text is a byte
         assert float(bits) == pytest.approx(float(loss) / math.log(2), abs=1e-3)
     assert not os.path.exists(tmp_path / 'out')
-
-
-def test_a_loss_beyond_every_perplexity_is_printed(train_run, capsys, monkeypatch):
-    monkeypatch.setattr(train, 'evaluate', lambda *a: 1e4)
-    with pytest.raises(FileNotFoundError):
-        train_run('--eval_only=True')
-    assert 'val_loss=10000.0000 perplexity=inf' in capsys.readouterr().out
 
 
 def test_loss_png_is_drawn_if_matplotlib_is_installed(train_run, tmp_path):
@@ -1316,7 +1308,7 @@ def test_a_compiled_sharded_model_is_compiled_block_by_block(project, train_run,
         assert_near(got, expected, losses=1e-3)
         losses = [r['val_loss'] for r in expected_evals]
         assert [r['val_loss'] for r in evals] == pytest.approx(losses, abs=1e-3)
-        assert 'compiled in' in out
+        assert 'compiling' in out
         assert 'Graph break' not in err and 'Recompiling' not in err
         # something was compiled, the loss included
         assert re.search(r'# Source node to ATen node mapping|def call\(', err)
@@ -1325,7 +1317,7 @@ def test_a_compiled_sharded_model_is_compiled_block_by_block(project, train_run,
 
 def test_fsdp_refuses_float16_and_a_single_process(train_run, tmp_path, capsys):
     for arguments, words in ((['--dtype=float16'], 'float32 or bfloat16'),
-                             ([], 'torchrun --nproc_per_node=N')):
+                             ([], 'is for torchrun')):
         with pytest.raises(SystemExit) as e:
             train_run('--parallel=fsdp', *arguments)  # without torchrun
         assert e.value.code == 2 and words in capsys.readouterr().err

@@ -13,7 +13,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import DTYPES, fail, one_line_errors, run_main, setup
+from configurator import one_line_errors, run_main, setup
 from data.downloads import DownloadError, download_resumable
 from data.files import DATA_DIR
 from sample import load
@@ -21,14 +21,9 @@ from sample import load
 import torch
 from torch.nn import functional as F
 
-# -----------------------------------------------------------------------------
-# settings
-
 init_from = 'gpt2'  # gpt2, gpt2-medium, gpt2-large, gpt2-xl | folder of a run or of a GPT-2
 device = 'auto'  # auto (env TORCH_DEVICE, or cuda, mps, cpu in this order) | cpu | cuda[:N] | mps
-dtype = 'auto'  # data type of matrix products; auto is the fastest for this device
-
-CHOICES = {'dtype': DTYPES}
+dtype = 'auto'  # precision: auto (the fastest here) | float32 | bfloat16 | float16
 
 HELLASWAG = {
     'url': 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
@@ -54,10 +49,8 @@ def main():
 
 def read_questions(path):
     """Return the questions as dicts; download them to path unless they are there."""
-    try:
+    with one_line_errors('no HellaSwag: ', DownloadError):
         download_resumable(path=path, **HELLASWAG)
-    except DownloadError as e:
-        fail(f'no HellaSwag: {e}')
     with open(path, encoding='utf-8') as f:
         return [json.loads(line) for line in f]
 
