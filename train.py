@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 
 import configurator
-from configurator import Process, fail, run_main, say, setup
+from configurator import Process, fail, one_line_errors, run_main, say, setup
 from data import checkpoints, runs
 from data.dataset import divide, open_dataset
 from data.tokenizers import tokenizer_from_dict
@@ -33,10 +33,10 @@ from torch import nn
 # files
 out_dir = 'out'  # folder for checkpoints and metrics
 init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... gpt2-xl | DIR
-ckpt = 'ckpt.pt'  # checkpoint in out_dir to resume; supplies the settings not given
+ckpt = 'ckpt.pt'  # file in out_dir to resume; its settings apply unless given
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)
-eval_iters = 200  # batches per split in an evaluation; 0: all. Random weights: 10 at most
+eval_iters = 200  # batches per split in an evaluation; 0 means all
 eval_only = False  # evaluate once, write nothing and exit
 log_interval = 10  # updates between log lines; a line also comes after ten seconds without one
 always_save_checkpoint = False  # write model.pth at each evaluation, even if not best
@@ -50,7 +50,7 @@ dataset = 'shakespeare_char'  # folder in data/
 gradient_accumulation_steps = 1  # micro-batches per update, in all processes
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
-skip_batches = 0  # updates whose data is skipped, in all; raise it to resume past bad data
+skip_batches = 0  # updates whose data is skipped since the start of the run; raise it past bad data
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -91,7 +91,7 @@ grad_clip = 1.0  # largest gradient norm; 0 disables clipping
 # learning rate
 decay_lr = True  # False: constant learning rates, without warmup
 lr_schedule = 'cosine'  # shape of the decay
-warmup_iters = 100  # updates of linear warmup; unless given, a tenth of the run at most
+warmup_iters = 100  # updates of linear warmup; the default is at most a tenth of the run
 lr_decay_iters = 0  # update at which the decay ends; 0 means max_iters
 decay_frac = 0.4  # fraction of the run that decays, for lr_schedule=linear
 min_lr = 1e-4  # final learning_rate; the other rates fall in proportion
@@ -105,7 +105,7 @@ compile = 'auto'  # use torch.compile; auto: only for long runs on a GPU
 backend = 'auto'  # backend of torch.distributed
 parallel = 'ddp'  # every process holds the whole model (ddp) or a shard of it (fsdp)
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, more time
-peak_tflops = 0.0  # peak of one device, for mfu; 0 looks a GPU up, and a CPU has no mfu
+peak_tflops = 0.0  # peak of one device, for mfu; 0 looks up a GPU
 
 def cosine(it, end):
     """Fall from 1 to 0 along half a cosine after the warmup."""
@@ -120,10 +120,10 @@ CHOICES = dict(
     activation=ACTIVATIONS, norm=NORMS, optimizer=('adamw', 'muon'), lr_schedule=SCHEDULES,
     parallel=('ddp', 'fsdp'), compile=('auto', True, False), dtype=configurator.DTYPES,
     backend=('auto', 'nccl', 'gloo'))
-POSITIVE, BELOW_ONE = (1, 1e9), (0, 0.999999)
-LIMITS = dict(  # no other number may be negative
-    eval_interval=POSITIVE, log_interval=POSITIVE, gradient_accumulation_steps=POSITIVE,
-    batch_size=POSITIVE, timeout_s=POSITIVE, learning_rate=(1e-99, math.inf),
+AT_LEAST_1, BELOW_ONE = (1, 1e9), (0, 0.999999)
+LIMITS = dict(  # all other numbers: at least 0
+    eval_interval=AT_LEAST_1, log_interval=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
+    batch_size=AT_LEAST_1, timeout_s=AT_LEAST_1, learning_rate=(1e-99, math.inf),
     muon_lr=(1e-99, math.inf), seed=(0, 2**63 - 1), beta1=BELOW_ONE, beta2=BELOW_ONE,
     muon_momentum=BELOW_ONE, decay_frac=(0, 1))
 NOT_RESUMED = ('init_from', 'ckpt', 'out_dir', 'train_iters', 'eval_only')
@@ -194,7 +194,7 @@ def main(argv=None):
         progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
     resumed_at = progress.iter_num if resuming else -1
     last_iter = min(max_iters, progress.iter_num + (train_iters or max_iters))
-    # False if a signal prevented the evaluation at this step
+    # False if a signal broke off the evaluation at this step
     evaluated = resuming and checkpoint.get('evaluated', True)
     if is_over(progress, last_iter) and evaluated and not eval_only:
         return say(f'nothing to do: the run ended at step {resumed_at}, '
@@ -242,13 +242,13 @@ def main(argv=None):
         # train_seconds counts updates only, without evaluation, sampling and saving
         last_log = replace(progress)
         stop, overflows = False, 0
-        t0 = shown_at = time.perf_counter()
+        t0 = evaluated_at = time.perf_counter()
         while True:
             # an evaluation is due at eval_interval and at the end; after 300 seconds without one, a
             # short one shows how it goes
             it, over = progress.iter_num, is_over(progress, last_iter)
             regular = it % eval_interval == 0 or over
-            silent = it % log_interval == 0 and process.any(t0 - shown_at > 300)
+            silent = it % log_interval == 0 and process.any(t0 - evaluated_at > 300)
             eval_due = (regular or silent) and not (it == resumed_at and evaluated)
 
             # once in a while: evaluate, sample, and save the best weights
@@ -266,7 +266,7 @@ def main(argv=None):
                 if is_best:
                     progress.best_val_loss = val_loss
                 row = dict(train_loss=train_loss, val_loss=val_loss,
-                           best_val_loss=progress.best_val_loss,
+                           best_val_loss=min(progress.best_val_loss, val_loss),
                            bits_per_byte=val_data.bits_per_byte(val_loss),
                            train_seconds=progress.train_seconds)
                 process.print(f'step={it}/{last_iter} {words(row, 5)} ({n or "all"} batches)')
@@ -289,7 +289,7 @@ def main(argv=None):
                      optimizer=[opt.state_dict() for opt in learner.optimizers],
                      scaler=learner.scaler.state_dict())
             if eval_due:
-                t0 = shown_at = time.perf_counter()
+                t0 = evaluated_at = time.perf_counter()
 
             # stop?
             if stop or over:
@@ -545,7 +545,8 @@ def compile_forward(learner):
     else:  # only the loss: returned logits would cost memory and get a gradient of zeros
         learner.forward = torch.compile(lambda idx, targets: (None, model(idx, targets)[1]))
     idx = torch.zeros(len(learner.rows), block_size, dtype=torch.int64, device=process.device)
-    with process.autocast():
+    errors = (torch._dynamo.exc.TorchDynamoException,)  # no C compiler, say
+    with one_line_errors('cannot compile, use --compile=False: ', errors), process.autocast():
         # clone: one tensor passed twice would be compiled differently
         learner.forward(idx, idx.clone())[1].backward()
     model.zero_grad(set_to_none=learner.flat is None)
@@ -570,8 +571,8 @@ def update(learner, batches, factor, signals=(), timed=True):
     batches: this rank's micro-batches, each read while a GPU computes the previous one.
     factor: fraction of the peak learning rates. signals: not empty if this rank wants to stop.
     timed: synchronize between forward and backward so that their times are accurate.
-    row: a dict of what is logged. stop: whether any rank wants to stop. bad: what is not finite, or
-    ''; if something is bad, the weights have not changed.
+    row: a dict of what is logged. stop: whether any rank wants to stop. bad: 'loss' or 'gradient
+    norm' if it is not finite, or ''; if something is bad, the weights have not changed.
     """
     process, scaler, params = learner.process, learner.scaler, learner.params
     count, sharded = len(learner.micro_batches), checkpoints.is_sharded(params[0])
