@@ -2,7 +2,6 @@
 Time the update of train.py and the generation of sample.py, or compare finished runs.
 
     python bench.py config/train_shakespeare_char.py
-    python bench.py config/train_shakespeare_char_cpu.py --bench_steps=100
     python bench.py config/train_gpt2.py --task=sample
     python bench.py --task=runs --runs="out-a*,out-b*"
 
@@ -18,7 +17,7 @@ from pathlib import Path
 import configurator
 import sample
 import train
-from configurator import fail, run_main, setup
+from configurator import fail, one_line_errors, run_main, setup
 from data.dataset import missing_file, read_meta
 from data.runs import read_metrics
 from model import GPT
@@ -55,8 +54,6 @@ def main():
     if bench_tokens and process.is_main and train.parallel == 'ddp':
         for num_samples in (1, 10):
             result |= time_generation(learner.model, num_samples, process)
-    for key, value in result.items():
-        process.print(f'{key:20} {value:.6g}' if isinstance(value, float) else f'{key:20} {value}')
     process.print(json.dumps(result))
     process.close()
 
@@ -71,19 +68,15 @@ def time_updates(learner):
     vocab_size = learner.model.config.vocab_size
     idx, targets = (process.to_device(torch.randint(vocab_size, shape)) for _ in range(2))
     batches = [(0, idx, targets)] * len(learner.micro_batches)
-
-    def step():
+    seconds = []
+    for _ in range(3 + bench_steps):
         t0 = process.clock()
         train.update(learner, batches, factor=1.0, timed=False)
-        return process.clock() - t0
-    for _ in range(3):  # not timed: torch prepares things at first
-        step()
-    seconds = [step() for _ in range(bench_steps)]
+        seconds.append(process.clock() - t0)
+    dt = statistics.median(seconds[3:])  # the first ones include what torch prepares only once
     peak = train.peak_tflops * 1e12 or configurator.peak_flops(process)
-    return train.speeds(statistics.median(seconds), learner, peak) | dict(
-        dt_min=min(seconds), dt_max=max(seconds),
-        peak_tflops=(peak or 0) * process.world_size / 1e12,
-        gpu_memory_mb=torch.cuda.max_memory_allocated() / 1e6)  # 0 on a CPU
+    return train.speeds(dt, learner, peak) | {
+        'gpu_memory_mb': torch.cuda.max_memory_allocated() / 1e6}  # 0 on a CPU
 
 @torch.inference_mode()
 def time_generation(model, num_samples, process):
@@ -96,9 +89,8 @@ def time_generation(model, num_samples, process):
     n = min(bench_tokens, train.block_size - 1)
     seconds = []
     for _ in range(4):
-        generator = process.generator('sample', device=process.device)
         t0 = process.clock()
-        list(model.generate(idx, n, temperature=0.8, top_k=200, generator=generator))
+        list(model.generate(idx, n, temperature=0.8, top_k=200))
         seconds.append(process.clock() - t0)
     # the first time includes what torch prepares only once
     return {f'sample_tps_{num_samples}': num_samples * n / statistics.median(seconds[1:])}
@@ -114,7 +106,7 @@ def compare_runs():
     groups = find_groups()
     first, *others = groups
     key = 'val_loss'
-    if len({run['evaluated_on'] for run in sum(groups.values(), [])}) > 1:
+    if len({run.get('evaluated_on', run['out_dir']) for run in sum(groups.values(), [])}) > 1:
         key = 'bits_per_byte'
         print('note: val losses on different texts, tokens or windows are not compared')
     print('seeds  val loss     std    best  bits/byte  updates  seconds  group')
@@ -162,14 +154,12 @@ def find_groups():
 def read_run(folder):
     """Return a finished run as a dict: its settings, and the rows of its evaluations."""
     run = json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))
-    Path(folder, 'metrics.jsonl').stat()  # OSError if it is missing
     rows = [row for row in read_metrics(folder) if 'val_loss' in row and row['step'] > 0]
     step, seconds = (rows[-1]['step'], rows[-1]['train_seconds']) if rows else (0, 0)
     time_is_over = 0 < run.get('max_seconds', 0) <= seconds
     if step < run['max_iters'] and not time_is_over:
         raise ValueError(f'unfinished, at step {step} of {run["max_iters"]}')
-    windows = f'{run["dataset"]}-{run["eval_iters"] * run["batch_size"]}x{run["block_size"]}'
-    return {'evaluated_on': windows} | run | {'rows': rows}
+    return run | {'rows': rows}
 
 def column(group, key):
     """Return a figure of the last evaluation of each run."""
@@ -204,11 +194,9 @@ def t_quantile(degrees, p=0.975):
 
 def draw_groups(groups, key):
     """Draw runs.png: val_loss or bits_per_byte over updates and over seconds, a colour a group."""
-    try:
+    with one_line_errors('no runs.png: pip install matplotlib: ', (ImportError,)):
         from matplotlib import colormaps
         from matplotlib.figure import Figure
-    except ImportError:
-        return print('note: no runs.png without matplotlib: pip install matplotlib')
     left, right = Figure(figsize=(12, 6), layout='constrained').subplots(1, 2, sharey=True)
     later = []
     for i, (name, group) in enumerate(groups.items()):

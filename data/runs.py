@@ -5,12 +5,11 @@ import contextlib
 import json
 import math
 import os
-import pathlib
-import re
 import time
+from pathlib import Path
 
-from configurator import HERE, fail, first_line, say
-from data.files import cannot_write, lock, need_space, replace_file, write_atomic
+from configurator import HERE, fail, first_line, one_line_errors, say
+from data.files import cannot_write, lock, replace_file
 
 import torch
 
@@ -20,17 +19,12 @@ RUNS_LOG = os.path.join(HERE, 'checkpoints.log')  # one out_dir a line, the late
 # out_dir
 
 def claim(out_dir):
-    """Make out_dir and lock it for this process; return the open lock file.
-
-    The lock ends with the process, however it ends.
-    """
+    """Make out_dir and lock it until this process ends; return the open lock file."""
     path = os.path.join(out_dir, 'run.lock')
     try:
         os.makedirs(out_dir, exist_ok=True)
         f = open(path, 'a+')
-        if reason := lock(f):
-            say(f'note: {out_dir} cannot be locked ({reason}): '
-                'make sure that no other run uses it')
+        lock(f)
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
@@ -43,99 +37,74 @@ def claim(out_dir):
     return f
 
 
-def begin(settings, model, resumed_at):
+def begin(settings, resumed_at):
     """Make out_dir ready for this run; return its Metrics. Rank 0 calls this.
 
-    settings: those of train.py. resumed_at: the step of the checkpoint that this run goes on from,
-    or -1.
+    resumed_at: the step of the checkpoint that this run goes on from, or -1.
     """
     out_dir, wandb = settings['out_dir'], None
     if settings['wandb_log']:
-        wandb = start_wandb(settings['wandb_project'], settings['wandb_run_name'], settings)
+        with one_line_errors('--wandb_log=True: pip install wandb, wandb login: ', (Exception,)):
+            import wandb
+            wandb.init(project=settings['wandb_project'], name=settings['wandb_run_name'],
+                       config=settings)
     out_lock = claim(out_dir)
-    paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
-    newest, *_ = paths
-    paths = [path for path in paths if os.path.exists(path)]
-    for name in os.listdir(out_dir):  # left by a save that was cut off
-        if re.fullmatch(r'(ckpt|ckpt_prev|model)\.\w+(\.\d+)?\.tmp', name):
-            os.remove(os.path.join(out_dir, name))
-    # at most three ckpt.pt (weights, and two moments of AdamW) and two model.pth at a time
-    need = (3 * 3 + 2) * 4 * sum(p.numel() for p in model.parameters())
-    if resumed_at >= 0:  # the run's own checkpoints will be replaced
-        need -= sum(map(os.path.getsize, paths))
-    need_space(out_dir, need, 'checkpoints will take')
+    for left in Path(out_dir).glob('*.pt*.tmp'):  # by a save that was cut off
+        left.unlink()
+    paths = [Path(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'model.pth')]
+    paths = [path for path in paths if path.exists()]
     if resumed_at >= 0:
         keep_newer(paths, resumed_at, settings['ckpt'])
-    elif paths == [newest] and 0 <= saved_number(newest, 'train_seconds') < 60:
+    elif paths == [Path(out_dir, 'ckpt.pt')] and 0 <= saved_number(paths[0], 'train_seconds') < 60:
         # an earlier run without an evaluation, and not worth a copy
-        os.remove(newest)
-        say(f'note: removed {newest} of a run that was stopped within its first minute')
+        paths[0].unlink()
+        say(f'note: removed {paths[0]} of a run that was stopped within its first minute')
     elif paths or read_metrics(out_dir):
-        rename_aside(out_dir, max([0, *(saved_number(path, 'iter_num') for path in paths)]))
+        steps = [saved_number(path, 'iter_num') for path in paths]
+        rename_aside(Path(out_dir), max([0, *steps]))
         out_lock = claim(out_dir)
-    write_atomic(os.path.join(out_dir, 'config.json'), [json.dumps(settings, indent=1).encode()])
-    remember_run(out_dir)
-    return Metrics(out_dir, resumed_at, wandb, out_lock)
+    with contextlib.suppress(OSError), open(RUNS_LOG, 'ab') as f:  # a clone may be read-only
+        f.write(os.fsencode(f'{os.path.abspath(out_dir)}\n'))
+    try:
+        Path(out_dir, 'config.json').write_text(json.dumps(settings, indent=1))
+        return Metrics(out_dir, resumed_at, wandb, out_lock)
+    except OSError as e:
+        cannot_write(out_dir, e)
 
 
 def keep_newer(paths, resumed_at, ckpt):
     """Rename the checkpoints that are newer than `ckpt`, from which this run goes on."""
     for path in paths:
-        name, step = os.path.basename(path), saved_number(path, 'iter_num')
-        if name == ckpt and step != resumed_at:
-            fail(f'{path} was at step {resumed_at} and is at step {step} now: another run has gone '
-                 'on with it')
-        if name != ckpt and (name == 'ckpt.pt' or step > resumed_at):
+        step = saved_number(path, 'iter_num')
+        if path.name == ckpt and step != resumed_at:
+            fail(f'{path} was at step {resumed_at} and is at step {step} now: another run uses it')
+        if path.name != ckpt and (path.name == 'ckpt.pt' or step > resumed_at):
             rename_aside(path, step)
 
 
 def saved_number(path, key):
     """Return a number that the checkpoint at path holds, or -1 if it cannot be read."""
     try:
-        number = torch.load(path, map_location='cpu', weights_only=True, mmap=True)[key]
+        return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)[key])
     except Exception:
         return -1
-    return number if isinstance(number, (int, float)) else -1
 
 
 def rename_aside(path, step):
     """Add the step and the date to the name of a file or folder of an earlier run."""
-    date = time.strftime('%Y%m%d-%H%M%S', time.localtime(os.path.getmtime(path)))
-    stem, extension = os.path.splitext(path.rstrip('/' + os.sep))
-    if os.path.isdir(path):
-        stem, extension = stem + extension, ''
-    kept = f'{stem}-{step}-{date}'
-    while os.path.exists(kept + extension):
-        kept += '-2'
-    kept += extension
-    real = os.path.realpath(path)
-    try:
-        if any(pathlib.Path(d).is_relative_to(real) for d in (os.path.realpath('.'), HERE)):
-            raise OSError(0, 'it is or holds the current folder, or quill itself')
-        os.rename(path, kept)
-    except OSError as e:
-        fail(f'{path} holds an earlier run and cannot be renamed ({e.strerror}): '
-             'give another --out_dir')
+    date = time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))
+    extension = '' if path.is_dir() else path.suffix
+    stem = path.name.removesuffix(extension)
+    with one_line_errors(f'{path} holds an earlier run, give another --out_dir: '):
+        kept = path.with_name(f'{stem}-{step}-{date}{extension}')
+        path.rename(kept)
     say(f'{path} belongs to an earlier run: renamed to {kept}. To delete it: rm -r {kept}')
 
 
 def read_runs():
     """Return the out_dirs in checkpoints.log, the latest one last."""
-    if not os.path.exists(RUNS_LOG):
-        return []
-    with open(RUNS_LOG, encoding='utf-8', errors='surrogateescape') as f:  # any file name
-        return f.read().splitlines()
-
-
-def remember_run(out_dir):
-    """Make out_dir the last line of checkpoints.log, from which sample.py takes its default."""
-    line = os.path.abspath(out_dir)
-    lines = [run for run in read_runs() if run != line] + [line]
-    try:
-        with replace_file(RUNS_LOG) as f:
-            f.write(''.join(f'{run}\n' for run in lines).encode(errors='surrogateescape'))
-    except OSError as e:
-        print(f'note: {RUNS_LOG} not written ({e.strerror}): sample.py needs --out_dir={out_dir}')
+    log = Path(RUNS_LOG)
+    return os.fsdecode(log.read_bytes()).splitlines() if log.exists() else []
 
 
 # -----------------------------------------------------------------------------
@@ -153,7 +122,8 @@ class Metrics:
         self.failed = set()  # the services that are switched off
         self.path = os.path.join(out_dir, 'metrics.jsonl')
         rows = [json.dumps(row) + '\n' for row in read_metrics(out_dir) if row['step'] <= step]
-        write_atomic(self.path, [''.join(rows).encode()])
+        with replace_file(self.path) as f:
+            f.write(''.join(rows).encode())
 
     def write(self, **row):
         # JSON has no inf and nan
@@ -186,7 +156,7 @@ def draw_losses(out_dir):
     """Draw the losses in metrics.jsonl as loss.png; ImportError if matplotlib is not installed."""
     from matplotlib.figure import Figure
     rows = [row for row in read_metrics(out_dir) if row['step'] > 0]  # no random weights
-    if not rows:
+    if not any('val_loss' in row for row in rows):
         return
     ax = Figure(figsize=(8, 5), layout='constrained').subplots()
     shown = []
@@ -198,11 +168,9 @@ def draw_losses(out_dir):
         ax.plot(steps, losses, style, markersize=4, linewidth=1, label=label)
         # the loss falls steeply in the first tenth of the run: leave most of that out
         shown += losses[len(losses) // 10:]
-    title = out_dir
-    if losses:  # of the validation
-        best = min(losses)
-        title += f': best val loss {best:.4f} at step {steps[losses.index(best)]}'
-    ax.set(xlabel='updates', ylabel='loss (nats per token)', title=title,
+    best = min(losses)  # losses and steps are those of the validation now
+    ax.set(xlabel='updates', ylabel='loss (nats per token)',
+           title=f'{out_dir}: best val loss {best:.4f} at step {steps[losses.index(best)]}',
            ylim=(min(shown) - 0.05, max(shown) + 0.05))
     ax.legend()
     ax.figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=100)
@@ -217,13 +185,3 @@ def read_metrics(out_dir):
                 with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get('step'), int)]
-
-
-def start_wandb(project, name, config):
-    """Return the module wandb, logging a run of this name."""
-    try:
-        import wandb
-        wandb.init(project=project, name=name, config=config)
-        return wandb
-    except Exception as e:  # not installed, or not logged in, for example
-        fail(f'--wandb_log=True: {first_line(e)} (pip install wandb; wandb login)')

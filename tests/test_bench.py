@@ -39,8 +39,6 @@ def test_the_last_line_is_json_with_consistent_figures(project, tmp_path, nproc)
     assert result['world_size'] == processes
     assert result['params'] == 2 * 12 * 32**2 + vocab_size * 32 + 5 * 32
     assert result['tps'] * result['dt'] == pytest.approx(4 * 32)
-    assert result['dt_min'] <= result['dt'] <= result['dt_max']
-    assert result['peak_tflops'] == pytest.approx(0.001 * processes)
     # PaLM's formula: 6 N + 12 L C T FLOPs per token
     flops = (6 * result['params'] + 12 * 2 * 32 * 32) * result['tps']
     assert result['mfu'] == pytest.approx(100 * flops / (0.001e12 * processes))
@@ -58,7 +56,7 @@ def test_as_many_updates_as_asked_for_are_timed(process, monkeypatch):
     monkeypatch.setattr(train, 'update', lambda *arguments, **more: None)
     monkeypatch.setattr(bench.configurator, 'peak_flops', lambda process: None)
     result = bench.time_updates(learner)
-    assert (result['dt'], result['dt_min'], result['dt_max']) == (4, 1, 9) and not times
+    assert result['dt'] == 4 and not times
 
 
 def tiny_gpt():
@@ -141,7 +139,8 @@ def test_a_bug_in_model_py_keeps_its_traceback(project, train_run, tmp_path, nam
 def write_run(folder, loss, step=20, max_iters=20, **settings):
     """Write what a run of train.py leaves, with evaluations at 0, step / 2 and step updates."""
     folder.mkdir()
-    config = configure('train', []) | dict(out_dir=str(folder), max_iters=max_iters) | settings
+    config = configure('train', []) | dict(out_dir=str(folder), max_iters=max_iters)
+    config |= {'evaluated_on': '00000000-1000-4x256'} | settings
     (folder / 'config.json').write_text(json.dumps(config))
     rows = [{'step': i, 'val_loss': value, 'bits_per_byte': value / 2, 'train_seconds': i / 4}
             for i, value in ((0, 4.2), (step // 2, loss + 1), (step, loss))]
@@ -232,13 +231,10 @@ def test_runs_of_two_patterns_are_two_groups_although_their_settings_are_the_sam
     assert lines[4].startswith('after-* shows no difference: +0.0000 ± ') and len(lines) == 6
 
 
-@pytest.mark.parametrize('other', [
-    {'dataset': 'novel'}, {'block_size': 128}, {'eval_iters': 9}, {'batch_size': 32},
-    {'evaluated_on': '11111111-1000-4x256'}])
 def test_losses_that_are_measured_in_different_ways_are_compared_in_bits_per_byte(
-        tmp_path, compare, other):
+        tmp_path, compare):
     write_runs(tmp_path, 'out-a', [1.45, 1.46, 1.47])
-    write_runs(tmp_path, 'out-b', [1.45, 1.46, 1.47], **other)
+    write_runs(tmp_path, 'out-b', [1.45, 1.46, 1.47], evaluated_on='11111111-1000-4x256')
     note, _, _, _, beside, words, _ = compare('out-*')
     assert note == 'note: val losses on different texts, tokens or windows are not compared'
     assert beside.startswith('bits_per_byte beside out-*')
@@ -275,7 +271,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, compare, capsys):
     *notes, header, group, wrote = compare('out-*,other')
     for line, (folder, reason) in zip(notes, [
             ('out-2', 'unfinished, at step 10 of 20'), ('out-4', 'out-4/config.json'),
-            ('out-5', 'out-5/metrics.jsonl'), ('out-6', 'Expecting value'),
+            ('out-5', 'unfinished, at step 0'), ('out-6', 'Expecting value'),
             ('other', 'No such file'), ('out-3', 'out-* has seed=1 already')], strict=True):
         assert line.startswith(f'note: {folder} is left out: ') and reason in line
     assert group.split()[:2] == ['2', '1.4550']
@@ -319,10 +315,14 @@ def test_the_picture_has_a_colour_a_group_and_a_line_a_run(tmp_path, compare, mo
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ['a*', 'b*']
 
 
-def test_without_matplotlib_a_note_takes_the_place_of_the_picture(tmp_path, compare, monkeypatch):
+def test_without_matplotlib_an_error_follows_the_table(tmp_path, compare, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     write_runs(tmp_path, 'a', [1.45, 1.46])
-    assert compare('a*')[-1] == 'note: no runs.png without matplotlib: pip install matplotlib'
+    with pytest.raises(SystemExit) as e:
+        compare('a*')
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out.splitlines()[-1].endswith(' a*')
+    assert err.startswith('error: no runs.png: pip install matplotlib: ')
     assert not os.path.exists('runs.png')
 
 
@@ -341,5 +341,4 @@ def test_the_updates_are_counted_and_the_first_are_not_timed(process, monkeypatc
     monkeypatch.setattr(type(process), 'clock', lambda self, wait=True: now)
     result = bench.time_updates(learner)
     assert updates == [False] * (3 + 4)
-    assert (result['dt_min'], result['dt'], result['dt_max']) == (4, 5.5, 7)
-    assert result['sps'] == 2 / 5.5
+    assert (result['dt'], result['sps']) == (5.5, 2 / 5.5)

@@ -52,10 +52,10 @@ A rank hangs.
     The other ranks exit within timeout_s.
     test_a_hanging_rank_ends_the_others_within_timeout_s
 The disk is full, a limit on file sizes is reached, or out_dir is not writable.
-    Exit code 1, and an error with the path and the free space. The last checkpoint still loads.
-    Space and permission are also checked before training.
+    Exit code 1, and an error with the path. The last checkpoint still loads. Permission is also
+    checked before training.
     test_a_full_disk_ends_with_exit_code_1_and_the_old_checkpoint
-    test_space_and_permission_are_checked_before_training
+    test_permission_is_checked_before_training
 Two runs use one out_dir.
     The second run stops, and its error names the process of the first run.
     test_two_runs_in_one_out_dir, test_resuming_a_run_that_another_process_goes_on_with_is_refused
@@ -116,7 +116,7 @@ import zipfile
 
 import sample
 import train
-from configurator import Process, configure, fail
+from configurator import Process, configure
 from data import build, runs
 from data.checkpoints import VERSION, read_checkpoint
 from data.dataset import Tokens
@@ -130,7 +130,7 @@ from conftest import ROOT, TINY, metrics, same_tensors, script, snapshot
 
 OLD = os.path.join(ROOT, 'tests', 'data')  # files that quill wrote at commit e866279
 
-# with peak_tflops, a run does not spend half a second on measuring the CPU
+# with peak_tflops, the log lines have an mfu
 FAST = [*TINY, '--eval_iters=1', '--eval_interval=3', '--sample_tokens=0', '--max_iters=12',
         '--peak_tflops=1']
 
@@ -365,30 +365,26 @@ def test_a_full_disk_ends_with_exit_code_1_and_the_old_checkpoint(project, train
     last = err.splitlines()[-1]
     assert child.returncode == 1 and 'Traceback' not in err
     assert re.match(rf'error: cannot write {out}/(model.pth|ckpt.pt) \(File too large\)', last)
-    assert re.search(r': [\d.]+ MB are free$', last)
     after = snapshot(out)
     for name in before:
         assert after[name] == before[name] or not name.endswith(('ckpt.pt', 'ckpt_prev.pt'))
     assert no_temporary_files(out) and load(out)['iter_num'] == 3
 
 
-def test_space_and_permission_are_checked_before_training(fails, tmp_path, monkeypatch):
+def test_permission_is_checked_before_training(fails, tmp_path, monkeypatch):
     for part in ('evaluate', 'update'):
         monkeypatch.setattr(train, part, None)  # training would fail with a TypeError
     (tmp_path / 'file').write_text('')
     err = fails(out=tmp_path / 'file' / 'out', code=1)
     assert err.splitlines()[-1].startswith(
         f'error: cannot write {tmp_path}/file/out/run.lock (Not a directory)')
-    assert 'MB are free' not in err  # the disk is not the reason
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=5000))
-    assert '0.0 MB are free' in fails(code=1)
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
-@pytest.mark.parametrize('name, written', [('run.lock', 'run.lock'),
-                                           ('metrics.jsonl', 'metrics.jsonl.PID.tmp')])
+@pytest.mark.parametrize('named, written', [
+    ('/run.lock', 'run.lock'), ('', 'config.json'), ('', 'metrics.jsonl.PID.tmp')])
 def test_a_disk_that_is_full_from_the_start_is_one_line(
-        train_run, fails, tmp_path, name, written):
+        train_run, fails, tmp_path, named, written):
     out = tmp_path / 'out'
     train_run(*FAST, '--train_iters=3')
     before = (out / 'ckpt.pt').read_bytes()
@@ -396,7 +392,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(
     written.unlink(missing_ok=True)
     written.symlink_to('/dev/full')
     err = fails('--init_from=resume', code=1)
-    assert re.fullmatch(rf'error: cannot write {out}/{name} \(.*\).*\n', err)
+    assert re.fullmatch(rf'error: cannot write {out}{named} \(.*\).*\n', err)
     assert (out / 'ckpt.pt').read_bytes() == before
 
 
@@ -437,30 +433,6 @@ def test_a_wandb_that_does_not_start_changes_nothing(train_run, fails, tmp_path,
     err = fails(*FAST, '--wandb_log=True')
     assert re.fullmatch(r'error: --wandb_log=True: .*api_key not configured.*\n', err)
     assert snapshot(tmp_path / 'out') == before and os.listdir(tmp_path) == ['out']
-
-
-@pytest.mark.parametrize('resumed_at, need', [(-1, 44_000), (3, 34_000)])
-def test_the_space_a_run_needs_counts_what_it_resumes_from_alone(
-        tmp_path, monkeypatch, resumed_at, need):
-    out = tmp_path / 'out'
-    model = torch.nn.Linear(1000, 1, bias=False)  # 4,000 bytes
-    (out / 'another-run').mkdir(parents=True)
-    for name in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt-1-2.pt', 'another-run/ckpt.pt'):
-        (out / name).write_bytes(bytes(5000))
-    before = snapshot(tmp_path)
-
-    def need_space(folder, size, words):
-        needed.append(size)
-        fail('full')
-    needed = []
-    monkeypatch.setattr(runs, 'need_space', need_space)
-    settings = {'out_dir': str(out), 'wandb_log': False}
-    with pytest.raises(SystemExit):
-        runs.begin(settings, model, resumed_at)
-    assert needed == [need]
-    after = snapshot(tmp_path)
-    del after[str(out / 'run.lock')]
-    assert after == before
 
 
 @pytest.mark.parametrize('first_loss, step', [(-8, 0), (0, 3), (4, 3), (8, 6)])
@@ -873,7 +845,7 @@ def test_a_bad_checkpoint_is_refused_and_the_previous_one_named(train_run, fails
     before = snapshot(tmp_path)
     err = fails('--init_from=resume', '--max_iters=9')
     assert words in err and err.count('\n') == 1
-    if kind not in ('path', 'type'):
+    if kind not in ('path', 'type', 'no integer'):
         assert err.endswith('; the checkpoint before it is there: --ckpt=ckpt_prev.pt\n')
     assert snapshot(tmp_path) == before and not (tmp_path / 'executed').exists()
 
@@ -1168,17 +1140,6 @@ def test_main_puts_signal_handlers_and_output_back(tmp_path):
     assert ([signal.getsignal(number) for number in SIGNALS], sys.stdout) == before
 
 
-def test_runs_of_the_same_step_and_second_are_all_kept(tmp_path):
-    for content in 'abc':
-        (tmp_path / 'ckpt.pt').write_text(content)
-        os.utime(tmp_path / 'ckpt.pt', (0, 10**9))
-        runs.rename_aside(str(tmp_path / 'ckpt.pt'), 5)
-    names = sorted(os.listdir(tmp_path), key=len)
-    assert [re.sub(r'\d{8}-\d{6}', 'DATE', name) for name in names] == [
-        'ckpt-5-DATE.pt', 'ckpt-5-DATE-2.pt', 'ckpt-5-DATE-2-2.pt']
-    assert {(tmp_path / name).read_text() for name in names} == set('abc')
-
-
 def test_what_a_cut_off_save_has_left_is_removed(train_run, tmp_path):
     (tmp_path / 'out').mkdir()
     for name in ('ckpt.pt.123.tmp', 'model.pth.99.tmp', 'ckpt_prev.pt.tmp', 'mine.tmp'):
@@ -1213,7 +1174,7 @@ def test_resume_refuses_another_optimizer_and_weights_alone(train_run, fails, tm
     ['--init_from=resume'], ['--device=cuda'], ['--batch_size=-1', '--top_k=3'],
     ['config/none.py'], ['--init_from=gpt3'], [f'--seed={2**64}'],
     ['--backend=tcp'], ['--compile=maybe'], ['--min_lr=1'],
-    ['--timeout_s=1e14'], ['--dtype=int4'], ['--parallel=tensor']])
+    ['--timeout_s=100000000000000'], ['--dtype=int4'], ['--parallel=tensor']])
 def test_user_mistakes_change_nothing(project, fails, tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     before = snapshot(project)
@@ -1416,7 +1377,8 @@ def test_a_run_stopped_before_its_first_evaluation_can_be_sampled(
     interrupted()
     out = tmp_path / 'out'
     (tmp_path / 'empty').mkdir()
-    runs.remember_run(str(tmp_path / 'empty'))  # a run that has saved nothing
+    with open(runs.RUNS_LOG, 'a') as f:
+        f.write(f'{tmp_path / "empty"}\n')  # a run that has saved nothing
     for arguments in ([], [f'--out_dir={out}'], [f'--init_from={out}']):
         configure('sample', [*arguments, '--max_new_tokens=3', '--num_samples=1'])
         capsys.readouterr()

@@ -472,23 +472,8 @@ def test_gelu_is_exact_by_default():
     assert not torch.allclose(exact, tanh, atol=1e-5) and torch.allclose(F.gelu(x), exact)
 
 
-def test_the_peak_of_a_cpu_is_its_fastest_product_by_one_thread(process, monkeypatch):
-    now = 0.0
-
-    def clock(self, wait=True):  # a product takes 30 ms at first, and 10 ms after 0.36 s
-        nonlocal now
-        assert wait
-        now += 0.03 if now < 0.36 else 0.01
-        return now
-    threads = [3]
-    monkeypatch.setattr(Process, 'clock', clock)
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads[-1])
-    monkeypatch.setattr(torch, 'set_num_threads', threads.append)
-    assert peak_flops(process) == pytest.approx(3 * 2 * 512**3 / 0.01)
-    assert threads == [3, 1, 3]
-
-
-def test_gpu_peaks_are_found_by_name(monkeypatch):
+def test_gpu_peaks_are_found_by_name(process, monkeypatch):
+    assert peak_flops(process) is None  # of a CPU
     process = Process(torch.device('cuda'), torch.bfloat16)
     for name, peak in (('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', None),
                        ('NVIDIA H200', 989), ('NVIDIA H200 NVL', None), ('NVIDIA B200', 2250),
@@ -504,11 +489,9 @@ def test_gpu_peaks_are_found_by_name(monkeypatch):
             name = f'NVIDIA GeForce RTX {number}{variant}'
             monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: name)
             assert peak_flops(process) == (None if variant else peak * 1e12), name
-    process.dtype = torch.float32  # in TF32
+    process.dtype = torch.float32
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'NVIDIA H100 80GB HBM3')
-    assert peak_flops(process) == 494.5e12
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'NVIDIA GeForce RTX 5090')
-    assert peak_flops(process) == 104.8e12
+    assert peak_flops(process) is None
 
 
 @pytest.mark.slow

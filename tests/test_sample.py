@@ -301,7 +301,8 @@ def test_the_list_of_runs_may_be_empty_and_hold_any_name(trained, sampled, train
     sys.stdout.reconfigure(errors='backslashreplace')  # as run_main does
     train_run('--max_iters=5', out=odd)
     assert runs.read_runs() == [odd] and sample.find_weights() == f'{odd}/model.pth'
-    runs.remember_run(str(tmp_path / 'deleted'))
+    with open(runs.RUNS_LOG, 'a') as f:
+        f.write(f'{tmp_path / "deleted"}\n')
     assert runs.read_runs()[-1] == str(tmp_path / 'deleted')
     assert sample.find_weights() == f'{odd}/model.pth'
 
