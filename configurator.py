@@ -103,8 +103,11 @@ def run_main(main, name=None, **more):
         except (MemoryError, RuntimeError) as e:
             # on a CPU, torch has no exception of its own for this
             if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(e):
-                fail('out of memory: halve batch_size and double gradient_accumulation_steps, or '
-                     'take a smaller model: ' + first_line(e), code=1)
+                hint = 'take a smaller model'
+                if (size := main.__globals__.get('batch_size', 1)) > 1:
+                    count = 2 * main.__globals__['gradient_accumulation_steps']
+                    hint = f'try --batch_size={size // 2} --gradient_accumulation_steps={count}'
+                fail(f'out of memory, {hint}: {first_line(e)}', code=1)
             if isinstance(e, dist.DistError) or 'gloo' in str(e):  # gloo's errors have no class
                 fail('another process has ended, or has not answered within timeout_s: '
                      + first_line(e), code=1)

@@ -71,6 +71,8 @@ def speedrun():
 
 
 def main(theirs=None):
+    if not torch.cuda.is_available():
+        sys.exit('error: this measures a GPU, and torch sees none here')
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}\n')
     print('| measured | quill | MFU | nanoGPT | ratio |\n|---|---|---|---|---|')
     results = {}  # two rows may come from one run

@@ -1190,7 +1190,7 @@ def test_out_of_memory_is_one_line(project, tmp_path):
     config.write_text('import resource\nn_embd = 5000\n'
                       'resource.setrlimit(resource.RLIMIT_AS, (5 * 10**9, 5 * 10**9))\n')
     _, err = script(project, 'train.py', *TINY, config, f'--out_dir={tmp_path / "out"}', code=1)
-    assert err.splitlines()[-1].startswith('error: out of memory: halve batch_size')
+    assert err.splitlines()[-1].startswith('error: out of memory, try --batch_size=')
     assert 'Traceback' not in err
 
 

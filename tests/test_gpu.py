@@ -137,7 +137,7 @@ def test_a_compiled_update_holds_the_logits_about_once(train_run, tmp_path):
 def test_out_of_memory_is_one_line(project, tmp_path):
     _, err = script(project, 'train.py', *TINY, '--device=cuda', '--batch_size=200000',
                     '--n_embd=512', '--sample_tokens=0', f'--out_dir={tmp_path / "out"}', code=1)
-    assert err.splitlines()[-1].startswith('error: out of memory: halve batch_size')
+    assert err.splitlines()[-1].startswith('error: out of memory, try --batch_size=')
     assert 'Traceback' not in err
 
 

@@ -33,6 +33,7 @@ def test_the_table_has_every_figure_once_and_its_flags_exist(monkeypatch, capsys
         (out / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
         return ''
     monkeypatch.setattr(gpu_table, 'run', run)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Some GPU')
     gpu_table.main('nano')
     out = capsys.readouterr().out
