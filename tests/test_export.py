@@ -197,7 +197,7 @@ def test_the_command_writes_a_folder_for_all_clients(train_run, tmp_path, capsys
     configure('sample', [f'--out_dir={tmp_path / "out"}', '--weights=last',
                          f'--export={tmp_path / "hf"}'])
     sample.main()
-    assert 'AutoModelForCausalLM.from_pretrained(' in capsys.readouterr().out
+    assert f'from_pretrained({str(tmp_path / "hf")!r}) of transformers' in capsys.readouterr().out
     files = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
              'tokenizer_config.json'}
     assert files <= set(os.listdir(tmp_path / 'hf')) <= files | {'model.gguf'}

@@ -445,13 +445,14 @@ def test_the_whole_split_is_evaluated_exactly_once(small_learner, tokens):
     assert model.training
 
 
-def test_the_evaluation_before_training_is_short(train_run, monkeypatch):
+def test_the_evaluation_before_training_is_short(train_run, monkeypatch, tmp_path):
     counts, real = [], Tokens.eval_batches
     monkeypatch.setattr(Tokens, 'eval_batches', lambda self, count, *more: (
         counts.append(count), real(self, count, *more))[1])
     for eval_iters, first in ((12, 10), (3, 3), (0, 10)):
         counts.clear()
-        train_run(f'--eval_iters={eval_iters}', '--max_iters=1', '--batch_size=1')
+        train_run(f'--eval_iters={eval_iters}', '--max_iters=1', '--batch_size=1',
+                  out=tmp_path / f'out{eval_iters}')
         assert counts == [first] * 2 + [eval_iters] * 2
 
 
@@ -1033,6 +1034,8 @@ def test_a_warmup_that_nobody_gave_takes_a_tenth_of_the_run_at_most(train_run, t
     def warmup(*arguments):
         # the last argument of a name wins: this is as if TINY gave no warmup
         tiny = [a for a in TINY if not a.startswith('--warmup')]
+        if '--init_from=resume' not in arguments:  # two runs of one second have one name
+            shutil.rmtree(tmp_path / 'out', ignore_errors=True)
         train.main([*tiny, '--eval_interval=100', f'--out_dir={tmp_path / "out"}', *arguments])
         return json.loads((tmp_path / 'out' / 'config.json').read_text())['warmup_iters']
     assert warmup('--max_iters=3') == 0

@@ -13,7 +13,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import one_line_errors, run_main, setup
+from configurator import DTYPES, one_line_errors, run_main, setup
 from data.downloads import DownloadError, download_resumable
 from data.files import DATA_DIR
 from sample import load
@@ -23,7 +23,9 @@ from torch.nn import functional as F
 
 init_from = 'gpt2'  # gpt2, gpt2-medium, gpt2-large, gpt2-xl | folder of a run or of a GPT-2
 device = 'auto'  # auto (env TORCH_DEVICE, or cuda, mps, cpu in this order) | cpu | cuda[:N] | mps
-dtype = 'auto'  # precision: auto (the fastest here) | float32 | bfloat16 | float16
+dtype = 'auto'  # precision of matrix products; auto is the fastest for this device
+
+CHOICES = {'dtype': DTYPES}
 
 HELLASWAG = {
     'url': 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
