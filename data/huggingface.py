@@ -97,7 +97,7 @@ def write_pretrained(folder, model, tokenizer):
                'torch_dtype': 'float32'}
     if model_type == 'gpt2':
         names = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu'}
-        config['activation_function'] = names[shape['activation']]
+        config |= {'activation_function': names[shape['activation']], 'n_ctx': shape['block_size']}
     ends = {f'{name}_token_id': tokenizer.eot for name in ('bos', 'eos', 'pad')}
     theirs = {}
     for name, tensor in tensors.items():

@@ -232,8 +232,8 @@ def tokenizer_json(saved):
         tokens = list(saved['chars'])
         special = [saved['eot']] if 'eot' in saved else []
         tokens += [END] * len(special)
-        # <unk> is not in the vocabulary, so an unknown character is an error
-        model = {'type': 'WordLevel', 'unk_token': '<unk>'}
+        # clients such as mlx-lm need a token for unknown characters; without one, they are an error
+        model = {'type': 'WordLevel', 'unk_token': END if special else '<unk>'}
         pieces, decoder = SPLIT, {'type': 'Fuse'}
     else:
         tokens, special = saved['tokens'], saved['special']
