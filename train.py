@@ -32,7 +32,7 @@ from torch import nn
 
 # files
 out_dir = 'out'  # folder for checkpoints and metrics
-init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... gpt2-xl | DIR | OWNER/NAME
+init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... | DIR | OWNER/NAME
 ckpt = 'ckpt.pt'  # file in out_dir to resume; its settings apply unless given
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)

@@ -86,6 +86,9 @@ def read_checkpoint(path):
         adopt_nanogpt_checkpoint(checkpoint)
     elif checkpoint['format'] != VERSION:
         raise ValueError(f'its format is {checkpoint["format"]!r}: this quill reads {VERSION}')
+    for key in ('model', 'model_args', 'config', 'tokenizer', 'iter_num'):
+        if key not in checkpoint:
+            raise ValueError(f'it has no {key}')
     return checkpoint
 
 def adopt_nanogpt_checkpoint(checkpoint):

@@ -938,6 +938,7 @@ def test_an_error_of_torch_without_words_is_named(train_run, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize('change, words', [
+    (lambda c: c.pop('config'), 'it has no config'), (lambda c: c.pop('model'), 'it has no model'),
     (lambda c: c['model_args'].update(n_head=2.0), 'n_head=2.0 must be an integer'),
     (lambda c: c['model_args'].update(vocab_size=91), 'its tokenizer has more tokens'),
     (lambda c: c['model'].update({'lm_head.weight': c['model']['lm_head.weight'].to_sparse()}),
