@@ -906,7 +906,7 @@ def test_it_runs_from_another_directory(project, tmp_path):
     assert os.listdir(tmp_path) == ['here']
     assert runs()[-1] == here
     script(project, 'train.py', *TINY, '--max_iters=2', '--out_dir=here', cwd=tmp_path)
-    assert runs().count(here) == 1
+    assert runs()[-2:] == [here, here]  # the latest run last
 
 
 # -----------------------------------------------------------------------------
