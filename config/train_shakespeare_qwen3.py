@@ -1,7 +1,7 @@
 # A character GPT of 10.7M parameters in the shape of Qwen3, which other programs can run
 #     python train.py config/train_shakespeare_qwen3.py
-# 2-core AMD EPYC (Zen 3, no bfloat16): val loss 1.883 with --max_seconds=300, after 133 updates (one
-# seed). The settings are the main job's, without what other programs do not know; not tuned.
+# 2-core AMD EPYC (Zen 3, no bfloat16): val loss 1.883 with --max_seconds=300, after 133 updates
+# (one seed). The settings are the main job's, without what other programs do not know; not tuned.
 out_dir = 'out-shakespeare-qwen3'
 eval_interval = 250
 eval_iters = 28  # 28 x 16 windows of 256 tokens: the whole validation split
