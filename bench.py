@@ -35,7 +35,7 @@ bench_tokens = 200  # tokens to generate; 0 disables generation
 runs = 'out*'  # folders of the runs to compare: patterns, with commas between them
 
 CHOICES = {'task': ('speed', 'sample', 'runs'), 'init_from': ('scratch',)}
-LIMITS = dict(bench_steps=(1, 1e9), bench_tokens=(0, 1e9))
+LIMITS = dict(bench_steps=(1, 1e9))  # all other numbers: at least 0
 
 def main():
     if task == 'runs':

@@ -327,8 +327,7 @@ class Process:
 
     def any(self, flag):
         """Return whether flag is true on any process."""
-        flags = self.all_reduce(torch.tensor(float(bool(flag)), device=self.device))
-        return bool(flags)
+        return bool(self.all_reduce(torch.tensor(float(bool(flag)), device=self.device)))
 
     def all_reduce(self, tensor):
         """Sum `tensor` over all processes in place and return it."""
@@ -455,7 +454,7 @@ GPU_PEAK_TFLOPS = {
     'T4': 65, 'V100': 125, 'RTX 5090': 209.5, 'RTX 4090': 165.2, 'RTX 3090': 71}
 
 def peak_flops(process):
-    """Return the peak FLOP/s of one process's GPU, or None if it is unknown."""
+    """Return the peak FLOP/s of one process's GPU, or None if it is unknown, as for a CPU."""
     if process.device.type == 'cuda' and process.dtype != torch.float32:
         name = torch.cuda.get_device_name(process.device)
         for key, tflops in GPU_PEAK_TFLOPS.items():

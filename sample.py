@@ -44,8 +44,8 @@ seed = 1337  # seed of the samples
 device = 'auto'  # auto (env TORCH_DEVICE, or the first of cuda, mps, cpu) | cuda:1 | ...
 dtype = 'auto'  # data type of the weights; auto is the fastest for this device
 
-LIMITS = dict(num_samples=(1, 1e9), max_new_tokens=(1, 1e9), temperature=(0, 1e9),
-              top_k=(0, 1e9), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
+LIMITS = dict(  # all other numbers: at least 0
+    num_samples=(1, 1e9), max_new_tokens=(1, 1e9), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
 CHOICES = {'weights': ('best', 'last'), 'dtype': DTYPES, 'gguf_dtype': ('float16', 'float32')}
 
 @torch.inference_mode()
@@ -220,7 +220,7 @@ def continue_text(model, tokenizer, prompt, n, generator):
                          vocab_size=tokenizer.vocab_size)
     text = tokenizer.decode([token.item() for token in new])
     model.train()
-    return f'[{prompt}]{text}'
+    return f'[{prompt}]{text}' if prompt else text
 
 # -----------------------------------------------------------------------------
 # weights for generation

@@ -234,9 +234,7 @@ def main(argv=None):
 
     with catch_signals(process) as signals:
         compile_forward(learner)
-        peak = peak_tflops * 1e12
-        if not peak and process.device.type != 'cpu':  # on a busy CPU, no measurement is right
-            peak = configurator.peak_flops(process)
+        peak = peak_tflops * 1e12 or configurator.peak_flops(process)
         process.print(LEGEND)
 
         # train_seconds counts updates only, without evaluation, sampling and saving

@@ -22,7 +22,7 @@ from configurator import fail, one_line_errors
 from data.bpe import PATTERN, count_pieces, to_letters, train_bpe
 from data.dataset import SPLITS, id_dtype, is_val, make_meta, write_meta
 from data.files import DATA_DIR, cannot_write, replace_file, show_progress, take_turns
-from data.tokenizers import BytePairTokenizer, CharTokenizer, tokenizer_from_dict
+from data.tokenizers import END, BytePairTokenizer, CharTokenizer, tokenizer_from_dict
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def learn_byte_pairs(texts, vocab_size):
     tokens = [to_letters(token) for token in train_bpe(pieces, vocab_size - 1)]
     eot = len(tokens)
     print(f'vocabulary: {eot + 1:,} byte pairs')
-    return BytePairTokenizer(PATTERN, [*tokens, '<|endoftext|>'], [eot], eot)
+    return BytePairTokenizer(PATTERN, [*tokens, END], [eot], eot)
 
 
 def check_characters(texts, tokenizer, drop):

@@ -40,9 +40,9 @@ def replace_file(path, keep=None):
             os.remove(temporary)
 
 
-def cannot_write(path, e, more=''):
-    """Fail with exit code 1 because writing `path` raised the OSError e; more: ends the message."""
-    fail(f'cannot write {path} ({e.strerror or first_line(e)}){more}', code=1)
+def cannot_write(path, e):
+    """Fail with exit code 1 because writing `path` raised the OSError e."""
+    fail(f'cannot write {path} ({e.strerror or first_line(e)})', code=1)
 
 
 def sha256_file(path):

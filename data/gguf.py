@@ -10,7 +10,7 @@ import struct
 
 from data.bpe import PATTERN, to_letters
 from data.huggingface import NAMES, portable, rename
-from data.tokenizers import merges_of
+from data.tokenizers import END, merges_of
 
 import torch
 
@@ -56,7 +56,7 @@ def tokenizer_facts(tokenizer):
     if saved['kind'] == 'huggingface' or saved.get('pattern', PATTERN) != PATTERN:
         raise ValueError("its tokenizer is another program's: use llama.cpp's own converter")
     tokens = [to_letters(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
-    tokens[eot] = '<|endoftext|>'
+    tokens[eot] = END
     special = saved.get('special', [eot])
     if saved['kind'] == 'char':  # a character of several bytes is merged from the left
         merges = [f'{t[:i]} {t[i]}' for t in tokens[:eot] for i in range(1, len(t))]

@@ -99,13 +99,14 @@ def write_pretrained(folder, model, tokenizer):
         names = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu'}
         config |= {'activation_function': names[shape['activation']], 'n_ctx': shape['block_size']}
     ends = {f'{name}_token_id': tokenizer.eot for name in ('bos', 'eos', 'pad')}
+    llama_names = {quill: llama for quill, llama, _ in NAMES}
     theirs = {}
     for name, tensor in tensors.items():
         if model_type == 'gpt2':
             tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
             name = name.removeprefix('transformer.')
         else:
-            name = rename(name, {quill: llama for quill, llama, _ in NAMES})
+            name = rename(name, llama_names)
         theirs[name] = tensor.contiguous()
     library = import_safetensors()
     os.makedirs(folder, exist_ok=True)
@@ -204,11 +205,12 @@ def read_config(path):
 
 def read_weights(folder, model_type):
     """Return the weights in folder with quill's names and shapes, in float32."""
+    our_names = {llama: quill for quill, llama, _ in NAMES}
     weights = {}
     for path in weight_paths(folder):
         for name, tensor in read_safetensors(path).items():
             if model_type != 'gpt2':
-                name = rename(name, {llama: quill for quill, llama, _ in NAMES})
+                name = rename(name, our_names)
             elif name != 'lm_head.weight':  # OpenAI's own files leave out the first word
                 name = f'transformer.{name.removeprefix("transformer.")}'
                 tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
