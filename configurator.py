@@ -389,9 +389,9 @@ def setup(*, device='auto', dtype='auto', compile=False, backend='auto', seed=13
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
     if world_size > 1:
         timeout = datetime.timedelta(seconds=timeout_s)
-        store = fresh_store(rank, world_size, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                                timeout=timeout, device_id=device if backend == 'nccl' else None)
+        with one_line_errors('start the processes with torchrun: '):
+            dist.init_process_group(backend, timeout=timeout,
+                                    device_id=device if backend == 'nccl' else None)
     torch.manual_seed(seed)
     process = Process(device, None, compile, rank, local_rank, world_size, seed)
     if dtype == 'auto':  # rank 0 chooses for all, because CPUs may differ between nodes
@@ -421,28 +421,6 @@ def pick_dtype(kind):
     if kind == 'cuda':  # Volta and Turing only emulate bfloat16, slowly
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     return 'bfloat16' if kind == 'cpu' and cpu_multiplies_bfloat16() else 'float32'
-
-def fresh_store(rank, world_size, timeout):
-    """Return an empty store for init_process_group.
-
-    torchrun's store still holds the addresses of processes that died before a restart. So rank 0
-    gives a new key prefix to each rank that asks now.
-    """
-    with one_line_errors('start the processes with torchrun: '):
-        store, _, _ = next(dist.rendezvous('env://', rank, world_size, timeout=timeout))
-    token = os.urandom(16).hex()
-    if rank == 0:
-        for other in range(1, world_size):
-            store.delete_key(f'ask/{other}')  # of the previous attempt; a living rank asks again
-        for other in range(1, world_size):
-            store.set(f'answer/{store.get(f"ask/{other}").decode()}', token)
-        return dist.PrefixStore(token, store)
-    for _ in range(20 * int(timeout.total_seconds())):
-        store.set(f'ask/{rank}', token)
-        time.sleep(0.05)
-        if store.check([f'answer/{token}']):
-            return dist.PrefixStore(store.get(f'answer/{token}').decode(), store)
-    fail('rank 0 has not appeared within timeout_s', code=1)
 
 # -----------------------------------------------------------------------------
 # devices

@@ -474,12 +474,7 @@ def shard(model, process):
     policy = MixedPrecisionPolicy()
     if process.dtype != torch.float32:  # gather in bfloat16, sum gradients in float32
         policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
-    # each of several nodes holds the whole model, sharded over its processes
-    per_node = max(process.gather(process.local_rank)) + 1
-    shape, names = (process.world_size,), ('process',)
-    if per_node < process.world_size:
-        shape, names = (process.world_size // per_node, per_node), ('node', 'process')
-    mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(process.device.type, (process.world_size,))
     # keep gathered blocks until the last micro-batch's backward pass; train.update frees them
     more = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for block in model.transformer.h:
@@ -528,8 +523,7 @@ class Muon(torch.optim.Optimizer):
         """
         if is_sharded(like):
             from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-            mesh = like.device_mesh
-            placements = [Shard(1) if q.is_shard() else q for q in like.placements]
+            mesh, placements = like.device_mesh, [Shard(1)]
             whole = torch.empty(len(x), *like.shape, device='meta')
             x = DTensor.from_local(x, mesh, placements, run_check=False, shape=whole.shape,
                                    stride=whole.stride()).full_tensor()

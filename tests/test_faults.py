@@ -107,6 +107,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -550,6 +551,32 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(project, tmp_path):
     rest, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
     assert 'resumed' in rest and load(out)['iter_num'] == 40
+    script(project, 'train.py', *arguments, f'--out_dir={tmp_path / "whole"}', nproc=2)
+    assert equal_runs(load(out), load(tmp_path / 'whole'))
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_on_two_nodes(project, tmp_path):
+    # two torchrun agents that meet on the loopback interface, as the README says
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    out = tmp_path / 'out'
+    arguments = [*FAST, '--max_iters=40', '--eval_interval=5', '--init_from=auto']
+    command = [sys.executable, '-u', '-m', 'torch.distributed.run', '--nnodes=2',
+               '--nproc_per_node=1', '--max-restarts=3', '--rdzv_id=7', '--rdzv_backend=c10d',
+               f'--rdzv_endpoint=127.0.0.1:{port}', str(project / 'train.py'), *arguments,
+               '--timeout_s=20', f'--out_dir={out}']
+    env = os.environ | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
+    with open(tmp_path / 'log', 'w') as log:
+        nodes = [subprocess.Popen(command, stdout=log, stderr=log, env=env) for _ in range(2)]
+        while 'saved' not in (tmp_path / 'log').read_text():
+            time.sleep(0.1)
+        os.kill(ranks_of(nodes[1])[0], signal.SIGKILL)
+        codes = [node.wait(timeout=120) for node in nodes]
+    text = (tmp_path / 'log').read_text()
+    assert codes == [0, 0], text
+    assert 'resumed' in text and load(out)['iter_num'] == 40
     script(project, 'train.py', *arguments, f'--out_dir={tmp_path / "whole"}', nproc=2)
     assert equal_runs(load(out), load(tmp_path / 'whole'))
 
