@@ -15,48 +15,35 @@ from pathlib import Path
 
 from data.files import cannot_write, lock, sha256_file, show_progress
 
-
-class DownloadError(Exception):
-    """A download failed. The message names the source, the reason, and what the user can do."""
+TIMEOUT = 20  # seconds
 
 
-def download_resumable(url, path, sha256=None, end=0, places=''):
-    """Download url to path; the arguments are those of fetch and download."""
-    download(path, [lambda part: fetch(url, part, sha256, end)], places)
+class DownloadError(ValueError):
+    """A download failed. The message names the address, the reason, and what the user can do."""
 
 
-def download(path, sources, places=''):
-    """Download a file to path, from the first source that works.
+def download(url, path, sha256=None, end=0):
+    """Download the file at url to path, unless it is there.
 
-    sources: functions, each of which appends to an open file what the file lacks. places: all files
-    that the caller needs, and where to put them, for the error.
+    sha256: of the whole file. end: only so many bytes from the file's beginning, if it is not 0.
     """
     if os.path.exists(path):
         return
-    name, reasons = f'{path}.part', []
+    name = f'{path}.part'
     try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(name, 'ab') as part:
             # the lock is on PATH.part, so this file is renamed but never removed
             lock(part, f'waiting for another process, which downloads {path}')
             if os.path.exists(path):  # the other process has finished it
                 return
-            for source in sources:
-                try:
-                    source(part)
-                    break
-                except DownloadError as e:
-                    reasons.append(str(e))
-                    if len(sources) > 1:
-                        part.truncate(0)
-                        print(f'could not download {e}', file=sys.stderr)
-            else:
-                places = places or f'this file as {path}'
-                raise DownloadError(f'{"; ".join(reasons)}. Get by other means and save {places}, '
-                                    'or run this again to continue')
+            fetch(url, part, sha256, end)
             part.flush()
             os.fsync(part.fileno())
             os.replace(name, path)
+    except DownloadError as e:
+        raise DownloadError(f'{url}: {e}. Get it by other means and save it as {path}, or run this '
+                            'again to continue')
     except OSError as e:
         cannot_write(name, e)
 
@@ -66,12 +53,11 @@ def hub_address():
     return os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
 
 
-def fetch(url, part, sha256=None, end=0, timeout=20):
-    """Append to the open file `part` what it lacks of the file at url.
+def fetch(url, part, sha256, end):
+    """Append to the open file `part` what it lacks of the file at url, as for download.
 
-    sha256: of the whole file. end: only so many bytes from the file's beginning, if it is not 0.
-    The server must send something every `timeout` seconds. Any failure raises DownloadError, also
-    an end before the length that the server states.
+    The server must send something every TIMEOUT seconds. Any failure raises DownloadError, also an
+    end before the length that the server states.
     """
     import requests  # not at the top, because most runs download nothing
     import urllib3
@@ -80,17 +66,17 @@ def fetch(url, part, sha256=None, end=0, timeout=20):
     if start:
         wanted['Range'] = f'bytes={start}-'
     try:
-        with requests.get(url, stream=True, timeout=timeout, headers=wanted) as response:
+        with requests.get(url, stream=True, timeout=TIMEOUT, headers=wanted) as response:
             status, headers, body = response.status_code, response.headers, response.raw
             if status == 416:  # the file is not longer than its part: begin anew
                 part.truncate(0)
-                return fetch(url, part, sha256, end, timeout)
+                return fetch(url, part, sha256, end)
             if status not in (200, 206):
-                raise DownloadError(f'{url}: HTTP status {status}')
+                raise DownloadError(f'HTTP status {status}')
             if headers.get('Content-Type', '').startswith('text/html'):  # a login page, perhaps
-                raise DownloadError(f'{url}: a web page instead of the file')
+                raise DownloadError('a web page instead of the file')
             if 'Content-Length' not in headers and headers.get('Transfer-Encoding') != 'chunked':
-                raise DownloadError(f'{url}: the server states no length to check the file by')
+                raise DownloadError('the server states no length to check the file by')
             if status == 200:  # the whole file, whatever part was asked for
                 part.truncate(0)
             size = int(headers.get('Content-Length', 0))
@@ -101,11 +87,11 @@ def fetch(url, part, sha256=None, end=0, timeout=20):
                     part.truncate(end)
                     break
     except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
-        raise DownloadError(f'{url}: {type(e).__name__}') from e
+        raise DownloadError(type(e).__name__) from e
     part.flush()
     if sha256 and sha256_file(part.name) != sha256:
         part.truncate(0)
-        raise DownloadError(f'{url}: the sha256 of the file is not {sha256}')
+        raise DownloadError(f'the sha256 of the file is not {sha256}')
 
 
 def pip_download(requirement, sha256, pattern):

@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import asdict, fields
 
-from data.downloads import DownloadError, download_resumable, hub_address
+from data.downloads import DownloadError, download, hub_address
 from data.files import DATA_DIR
 from data.tokenizers import HuggingFaceTokenizer, recognize, write_json
 
@@ -307,18 +307,14 @@ def find_folder(source, weights):
         raise ValueError(f'it must be {", ".join(GPT2_NAMES)}, OWNER/NAME on the Hugging Face hub, '
                          'or a folder with config.json and model.safetensors')
     folder, url = os.path.join(DATA_DIR, folder), f'{hub_address()}/{repository}/resolve/main'
-    places = f'{", ".join([*files, "model.safetensors"])} of {url} in {folder}'
 
     def fetch(name):
-        download_resumable(f'{url}/{name}', os.path.join(folder, name), places=places)
-    try:
-        for name in files:
-            fetch(name)
-        if weights and not os.path.exists(os.path.join(folder, 'model.safetensors')):
-            with contextlib.suppress(DownloadError):  # weights in one file have no index
-                fetch('model.safetensors.index.json')
-            for path in weight_paths(folder):
-                fetch(os.path.basename(path))
-    except DownloadError as e:
-        raise ValueError(f'no weights of {source}: {e}')
+        download(f'{url}/{name}', os.path.join(folder, name))
+    for name in files:
+        fetch(name)
+    if weights and not os.path.exists(os.path.join(folder, 'model.safetensors')):
+        with contextlib.suppress(DownloadError):  # weights in one file have no index
+            fetch('model.safetensors.index.json')
+        for path in weight_paths(folder):
+            fetch(os.path.basename(path))
     return folder

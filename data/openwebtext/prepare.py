@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's fol
 from configurator import fail, one_line_errors, run_main
 from data.build import tokenize, write_tokens
 from data.dataset import SPLITS, is_val, read_meta
-from data.downloads import DownloadError, download_resumable, hub_address
+from data.downloads import download, hub_address
 from data.files import DATA_DIR
 from data.tokenizers import GPT2Tokenizer
 
@@ -51,9 +51,8 @@ def prepare_subset(folder, tokenizer):
     whole, name = os.path.split(folder)
     tar = os.path.join(whole, f'urlsf_{name}.tar')
     base = f'{hub_address()}/datasets/{SOURCE}/resolve/main/subsets'
-    places = f'{base}/urlsf_{name}.tar to urlsf_subset{subsets - 1:02}.tar in {whole}'
-    with one_line_errors(kinds=(DownloadError,)):
-        download_resumable(f'{base}/urlsf_{name}.tar', tar, places=places)
+    with one_line_errors():
+        download(f'{base}/urlsf_{name}.tar', tar)
     try:
         write_tokens(folder, tokenize(read_documents(tar), tokenizer), tokenizer, SOURCE, name)
     except (tarfile.TarError, lzma.LZMAError, EOFError) as e:

