@@ -15,7 +15,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from configurator import fail, one_line_errors
@@ -170,7 +170,8 @@ def write_tokens(folder, pieces, tokenizer, source, sha256):
                     sizes[split] += size
                 for split, file in files.items():
                     if not tokens[split]:
-                        fail(f'there is no text for {split}: too little, or another --val_fraction')
+                        fail(f'{source}: there is no text for {split}: too little, or another '
+                             '--val_fraction')
                     file.flush()
                     os.fsync(file.fileno())
                 # train.bin is missing until all else is in place: it gets its new name last
@@ -195,7 +196,7 @@ JSON = re.compile(rb'\s*\[?\s*\{\s*"|\s*\[\s*"')  # how JSON begins, whatever th
 class Texts:
     """The documents in the files that `sources` name.
 
-    separator: the string between two documents of a file, or ''. field: the field of JSON objects
+    separator: the string after each document of a file, or ''. field: the field of JSON objects
     that holds the text; '' reads JSON as plain text. dropped: a dict for str.translate, which
     leaves out characters. size: the bytes of the files.
 
@@ -239,7 +240,8 @@ class Texts:
         if self.field and (named_json or JSON.match(head)):
             yield from self.read_json(is_list=head.lstrip().startswith(b'['))
         elif self.separator:
-            for document in split_at(self.separator, self.strings()):
+            # without what follows the last separator: a document whose end is missing
+            for document, _ in pairwise(split_at(self.separator, self.strings())):
                 yield [document.strip()]
         else:
             yield self.strings()
@@ -274,7 +276,8 @@ class Texts:
                 self.digest.update(chunk)
                 self.position, done = before + position, done + len(chunk)
                 yield decoder.decode(chunk)
-            yield decoder.decode(b'', final=True)
+            # a document whose end is missing may end within a character
+            yield decoder.decode(b'', final=not self.separator)
         except UnicodeDecodeError as e:
             byte = done - len(e.object) + e.start  # e.object ends with the chunk
             fail(f'{self.path}: not UTF-8 at byte {byte}: save its text as UTF-8')

@@ -1201,10 +1201,19 @@ def test_tinystories_are_prepared_in_parts_and_an_interrupted_run_goes_on(
     before = (folder / 'meta.json').read_bytes()
     Hub.files[f'{base}train.txt'] = b'no stories ' * 200_000
     _, err = prepare('--mb=2', code=2)
-    assert 'there was no <|endoftext|> near its end' in err
-    assert not [name for name in os.listdir(folder) if '2MB' in name]
+    assert 'TinyStoriesV2-GPT4-train-2MB.txt: there is no text for train' in err
     _, err = prepare('--mb=-1', code=2)
     assert 'mb=-1 must be between 0' in err and (folder / 'meta.json').read_bytes() == before
+
+
+def test_a_story_whose_end_is_missing_is_left_out(tmp_path):
+    whole, path = 'A cat.\n<|endoftext|>\nA ☕.\n<|endoftext|>\n'.encode(), tmp_path / 'x.txt'
+    second = whole.index(b'A \xe2')
+    for end in range(second, len(whole) + 1):  # also within the character ☕
+        path.write_bytes(whole[:end])
+        texts = build.Texts(str(path), separator='<|endoftext|>')
+        stories = [text for text in texts.blocks('reading') if text]
+        assert stories == ['A cat.', 'A ☕.'][:whole[:end].count(b'<|endoftext|>')]
 
 
 # -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import fail, one_line_errors, run_main
+from configurator import one_line_errors, run_main
 from data.build import Texts, write_dataset
 from data.downloads import download, hub_address
 
@@ -19,7 +19,7 @@ vocab_size = 4096  # number of tokens
 LIMITS = {'mb': (0, 10**6), 'vocab_size': (257, 65536)}
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-SEPARATOR = '<|endoftext|>'  # between two stories
+SEPARATOR = '<|endoftext|>'  # after each story
 
 
 def main():
@@ -30,24 +30,10 @@ def main():
     with one_line_errors():
         download(f'{base}train.txt', train, end=mb * 1_000_000)
         download(f'{base}valid.txt', val)
-    end_with_a_story(train)
-    end_with_a_story(val)
     texts = Texts(train, val, separator=SEPARATOR)
     write_dataset(os.path.basename(FOLDER), texts, 'bpe', vocab_size=vocab_size, val_fraction=0,
                   val_paths=[val])
     print('now train on it: python train.py config/train_tinystories.py')
-
-
-def end_with_a_story(path):
-    """Cut a file off behind the last separator."""
-    with open(path, 'r+b') as f:
-        begin = f.seek(max(0, os.path.getsize(path) - 1_000_000))
-        before, found, rest = f.read().rpartition(SEPARATOR.encode())
-        if rest.strip():
-            f.truncate(begin + len(before) + len(found))
-    if not found:
-        os.remove(path)
-        fail(f'{path}: there was no {SEPARATOR} near its end, so it is removed: run this again')
 
 
 if __name__ == '__main__':
