@@ -36,7 +36,7 @@ for _name in os.listdir(ROOT):
         shutil.copy(os.path.join(ROOT, _name), PROJECT)
 shutil.copytree(os.path.join(ROOT, 'config'), PROJECT / 'config')
 shutil.copytree(os.path.join(ROOT, 'data'), PROJECT / 'data', ignore=shutil.ignore_patterns(
-    '*.bin', 'meta.json', '*.txt', '*.jsonl', '__pycache__', 'gpt2_weights',
+    '*.bin', 'meta.json', '*.txt', '*.jsonl', '*.tar', '__pycache__', 'gpt2_weights',
     'hub_weights'))
 sys.path.insert(0, str(PROJECT))
 

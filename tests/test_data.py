@@ -867,15 +867,14 @@ def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(
     with pytest.raises(SystemExit):
         prepare_openwebtext(2)
     assert Hub.requests[0][1] > 0
-    done = ['meta.json', 'train.bin', 'val.bin']
-    assert sorted(os.listdir(folder / 'subset00')) == done and not (folder / 'train.bin').exists()
-    # as if killed in the second subset
-    (folder / 'subset01').mkdir()
-    (folder / 'subset01' / 'train.bin.123.tmp').write_bytes(b'half a subset')
+    assert (folder / 'urlsf_subset00.tar').exists() and not (folder / 'train.bin').exists()
+    # as if killed while the tokens were written
+    (folder / 'train.bin.123.tmp').write_bytes(b'half of the tokens')
     Hub.files[f'{base}urlsf_subset01.tar'] = second[:800]  # a damaged archive
     with pytest.raises(SystemExit):
         prepare_openwebtext(2)
     assert 'subset01.tar was damaged' in capsys.readouterr().err
+    assert not (folder / 'train.bin').exists()
     Hub.files[f'{base}urlsf_subset01.tar'] = second
     Hub.requests.clear()
     prepare_openwebtext(2)
@@ -891,7 +890,8 @@ def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(
         assert meta['tokens'][split] == len(expected)
         assert meta['bytes'][split] == sum(map(len, documents))
     present = sorted(f for f in os.listdir(folder) if f != '__pycache__')
-    assert present == ['meta.json', 'prepare.py', 'train.bin', 'val.bin']
+    assert present == ['meta.json', 'prepare.py', 'train.bin', 'urlsf_subset00.tar',
+                       'urlsf_subset01.tar', 'val.bin']
 
 
 def test_validation_documents_are_chosen_by_hash():
@@ -906,23 +906,22 @@ def test_a_subset_is_read_as_documents(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / 'subset.tar', 'w') as tar:
         add_file(tar, 'README', b'no archive')
         add_file(tar, 'a.xz', archive)
+    monkeypatch.setattr(openwebtext, 'FOLDER', str(tmp_path))
     monkeypatch.setattr(openwebtext, 'is_val', lambda text, _: text.startswith(b'validate'))
-    assert list(openwebtext.read_documents(tmp_path / 'subset.tar')) == [
+    assert list(openwebtext.read_documents(['subset.tar'])) == [
         ('train', 'train me'), ('train', None), ('val', 'validate ü'), ('val', None),
         ('train', 'caf\ufffd'), ('train', None)]
 
 
-def test_a_full_disk_is_not_taken_for_a_damaged_archive(project, bpe, monkeypatch, capsys):
-    tar = project / 'data' / 'openwebtext' / 'urlsf_subset00.tar'
-    tar.write_bytes(owt_subset([b'text', b'validate']))
+def test_a_full_disk_is_not_taken_for_a_damaged_archive(bpe, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'urlsf_subset00.tar').write_bytes(owt_subset([b'text', b'validate']))
+    monkeypatch.setattr(openwebtext, 'FOLDER', str(tmp_path))
     monkeypatch.setattr(openwebtext, 'is_val', lambda text, _: text.startswith(b'validate'))
     monkeypatch.setattr(os, 'fsync', full_disk)
     with pytest.raises(SystemExit) as e:
         prepare_openwebtext(1)
     assert e.value.code == 1 and 'cannot write' in capsys.readouterr().err
-    assert os.listdir(tar.parent / 'subset00') == [] and tar.exists()
-    tar.unlink()
-    shutil.rmtree(tar.parent / 'subset00')
+    assert os.listdir(tmp_path) == ['urlsf_subset00.tar']
 
 
 # -----------------------------------------------------------------------------
