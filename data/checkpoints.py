@@ -18,11 +18,16 @@ from data.huggingface import read_pretrained
 from data.tokenizers import tokenizer_size
 from model import GPT, GPTConfig, is_sharded
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
 VERSION = 1  # of the format
 WTE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
+# what a pickle needs for numpy's numbers; numpy 1 has another name for the first function
+SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS = [np.dtype, *{type(np.dtype(code)) for code in '?bhilqBHILQefd'}, SCALAR,
+                 (SCALAR, 'numpy.core.multiarray.scalar')]
 
 # -----------------------------------------------------------------------------
 # reading
@@ -69,12 +74,14 @@ def read_checkpoint(path):
     if damaged:
         raise ValueError('it is cut short, damaged, or no checkpoint at all')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as e:
         reason = first_line(e)
         if refused := re.search(r'GLOBAL (\S+)', str(e)):
             reason = f'{refused[1]} is code: save only tensors, numbers, strings, lists and dicts'
         raise ValueError(f'torch refuses it: {reason}')
+    checkpoint = tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, checkpoint)
     if not isinstance(checkpoint, dict) or 'format' not in checkpoint:
         adopt_nanogpt_checkpoint(checkpoint)
     elif checkpoint['format'] != VERSION:

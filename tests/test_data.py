@@ -190,7 +190,8 @@ def test_where_no_source_answers_the_error_says_how_to_go_on(tmp_path, monkeypat
         GPT2Tokenizer()
     last = capsys.readouterr().err.splitlines()[-1]
     assert e.value.code == 2
-    assert last.startswith('error: no GPT-2 tokenizer: http://127.0.0.1:9/encoder.json')
+    assert last.startswith('error: no GPT-2 tokenizer: get http://127.0.0.1:9/encoder.json as ')
+    assert f'vocab.bpe as {tmp_path}/bpe/' in last
     assert f'save it as {tmp_path}/bpe/' in last and 'No matching' in last
 
 
@@ -805,6 +806,8 @@ def test_fineweb_shards_are_joined_and_an_interrupted_run_goes_on(
     err = prepare(3, code=2, address='http://127.0.0.1:9')
     assert f'http://127.0.0.1:9{base}fineweb_train_000003.bin: ' in err
     assert f'save it as {folder}/fineweb_train_000003.bin, or run this again' in err
+    assert 'val_000000.bin and fineweb_train_000001.bin to fineweb_train_000003.bin of ' in err
+    assert f' belong in {folder}: ' in err
     assert (folder / 'train.bin').read_bytes() == before
     # a whole shard to validate on, which somebody has put there; and fewer shards
     (folder / val_names[0]).write_bytes(shards[val_names[0]][0])
@@ -861,7 +864,9 @@ def test_openwebtext_is_tokenized_and_an_interrupted_run_goes_on(
     with pytest.raises(SystemExit):
         prepare_openwebtext(2)
     assert 0 < os.path.getsize(folder / 'urlsf_subset00.tar.part') <= 3000
-    assert f'save it as {folder}/urlsf_subset00.tar, or run this again' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f'save it as {folder}/urlsf_subset00.tar, or run this again' in err
+    assert f'urlsf_subset00.tar to urlsf_subset01.tar of {hub}{base[:-1]} belong in {folder}' in err
     Hub.requests.clear()
     second = Hub.files.pop(f'{base}urlsf_subset01.tar')  # the second subset is missing
     with pytest.raises(SystemExit):
@@ -952,7 +957,7 @@ def gpt2_like(folder):
 
 def test_the_weights_of_gpt2_come_from_the_hub_once(gpt2_hub, tmp_path):
     served, Hub.files = Hub.files, {}
-    with pytest.raises(ValueError, match='gpt2/resolve/main/config.json: .*404.*save it as'):
+    with pytest.raises(ValueError, match='config.json, model.safetensors of .*404.*save it as'):
         read_pretrained('gpt2')
     Hub.files, Hub.budget = served, 100  # the connection breaks
     with pytest.raises(ValueError):
@@ -1195,7 +1200,8 @@ def test_tinystories_are_prepared_in_parts_and_an_interrupted_run_goes_on(
     assert read('train') == [*stories, ''] and Hub.requests == [(f'{base}train.txt', 0)]
     # no answer, and a file of another kind
     _, err = prepare('--mb=2', code=2, address='http://127.0.0.1:9')
-    assert f'error: http://127.0.0.1:9{base}train.txt: ' in err and err.endswith(
+    assert f'valid.txt in {folder}/' in err
+    assert f': http://127.0.0.1:9{base}train.txt: ' in err and err.endswith(
         f'save it as {folder}/TinyStoriesV2-GPT4-train-2MB.txt, or run this again to continue\n')
     before = (folder / 'meta.json').read_bytes()
     Hub.files[f'{base}train.txt'] = b'no stories ' * 200_000

@@ -16,10 +16,12 @@ import configurator
 import sample
 from configurator import configure
 from data import runs
+from data.checkpoints import read_checkpoint
 from data.tokenizers import CharTokenizer
 from model import GPT, GPTConfig, KVCache
 from sample import place_for_generation, stored_linear, unescape
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics, script
@@ -329,7 +331,7 @@ def theirs(trained):
             'best_val_loss': 3.5, 'config': {'dataset': 'topics'}}
 
 
-def test_names_of_wrapped_models_are_read(trained, sampled, theirs):
+def test_numbers_of_numpy_and_names_of_wrapped_models_are_read(trained, sampled, theirs):
     torch.save(theirs, trained / 'ckpt.pt')
     command = f'--out_dir={trained}', '--weights=last', '--temperature=0'
     expected = sampled(*command)
@@ -337,9 +339,14 @@ def test_names_of_wrapped_models_are_read(trained, sampled, theirs):
     weights.pop('lm_head.weight')  # tied weights need one of the names
     for prefix in ('module.', '_orig_mod.module.', 'module._orig_mod.'):
         theirs['model'] = {prefix + name: tensor for name, tensor in weights.items()}
+        theirs['best_val_loss'], theirs['iter_num'] = np.float64(3.5), np.int64(3)
+        theirs['config'] |= {'more': [np.float32(0.5), np.bool_(True), np.uint8(7)]}
         torch.save(theirs, trained / 'ckpt.pt')
         speed = re.compile(r'in .* tokens/s')
         assert speed.sub('', sampled(*command)) == speed.sub('', expected)
+        read = read_checkpoint(str(trained / 'ckpt.pt'))
+        values = [read['iter_num'], *read['config']['more']]
+        assert [(type(x), x) for x in values] == [(int, 3), (float, 0.5), (bool, True), (int, 7)]
 
 
 def test_nanogpts_characters_have_no_end_of_text(trained, sampled, theirs):

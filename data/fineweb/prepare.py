@@ -30,10 +30,10 @@ HEADER = 1024  # bytes; the header begins with three int32: 20240520, 1, number 
 
 def main():
     tokenizer = GPT2Tokenizer()
-    val = 'fineweb_val_000000.bin'
-    names = [val, *(f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1))]
+    val, *train = names = ['fineweb_val_000000.bin',
+                           *(f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1))]
     base = f'{hub_address()}/datasets/kjj0/fineweb10B-gpt2/resolve/main'
-    with one_line_errors():
+    with one_line_errors(f'{val} and {train[0]} to {train[-1]} of {base} belong in {FOLDER}: '):
         for name in names:
             end = HEADER + 2 * VAL_TOKENS if name == val else 0
             download(f'{base}/{name}', os.path.join(FOLDER, name), end=end)

@@ -30,10 +30,10 @@ SOURCE = 'Skylion007/openwebtext'
 def main():
     tokenizer = GPT2Tokenizer()
     names = [f'urlsf_subset{i:02}.tar' for i in range(subsets)]
-    with one_line_errors():
+    base = f'{hub_address()}/datasets/{SOURCE}/resolve/main/subsets'
+    with one_line_errors(f'{names[0]} to {names[-1]} of {base} belong in {FOLDER}: '):
         for name in names:
-            download(f'{hub_address()}/datasets/{SOURCE}/resolve/main/subsets/{name}',
-                     os.path.join(FOLDER, name))
+            download(f'{base}/{name}', os.path.join(FOLDER, name))
     write_tokens(FOLDER, tokenize(read_documents(names), tokenizer), tokenizer, SOURCE,
                  hashlib.sha256(repr(names).encode()).hexdigest())
     print('now train on it: python train.py config/train_gpt2.py')

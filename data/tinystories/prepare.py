@@ -27,7 +27,7 @@ def main():
     part = f'-{mb}MB' if mb else ''
     train = os.path.join(FOLDER, f'TinyStoriesV2-GPT4-train{part}.txt')
     val = os.path.join(FOLDER, 'TinyStoriesV2-GPT4-valid.txt')
-    with one_line_errors():
+    with one_line_errors(f'{base}train.txt belongs in {train}, {base}valid.txt in {val}: '):
         download(f'{base}train.txt', train, end=mb * 1_000_000)
         download(f'{base}valid.txt', val)
     texts = Texts(train, val, separator=SEPARATOR)
