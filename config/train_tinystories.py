@@ -1,4 +1,4 @@
-# A GPT of 5.0M parameters that learns to write whole stories, on a laptop
+# A GPT of 4.9M parameters, in the shape of Qwen3, that learns to write whole stories on a laptop
 #     python data/tinystories/prepare.py --mb=200
 #     python train.py config/train_tinystories.py
 # Never run: the stories could not be downloaded on the machines where quill was measured.
@@ -13,11 +13,12 @@ n_layer = 5
 n_head = 2
 n_embd = 256
 batch_size = 32
-activation = 'relu2'
+activation = 'swiglu'
+norm = 'rmsnorm'
+norm_eps = 1e-6
 rotary = True
 qk_norm = True
 zero_init = True
-token_shift = True
 max_iters = 5000  # 41M tokens
 
 optimizer = 'muon'

@@ -195,6 +195,12 @@ def test_a_setting_that_the_tables_forget_ends_in_a_refusal(tmp_path):
     assert all(changes(model.config, model_type)['new_setting'] == 7 for model_type in KEYS)
 
 
+@pytest.mark.parametrize('config', ['train_shakespeare_qwen3', 'train_tinystories'])
+def test_the_configs_in_the_shape_of_qwen3_can_be_exported(config):
+    configure('train', [config])
+    assert huggingface.find_model_type(train.model_config(4096)) == 'qwen3'
+
+
 def test_the_command_writes_a_folder_for_all_clients(train_run, tmp_path, capsys):
     train_run('--max_iters=1', '--norm=rmsnorm', '--activation=swiglu', '--rotary=True',
               '--qk_norm=True', '--n_kv_head=1')
