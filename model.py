@@ -38,8 +38,8 @@ class GPTConfig:
     rotary: bool = False  # rotary instead of learned positions (https://arxiv.org/abs/2104.09864)
     rope_base: float = 10000.0  # base of the wavelengths of rotary positions
     half_rotary: bool = False  # rotate half of the channels, always with base 1024 (modded-nanogpt)
-    # normalize queries and keys (https://arxiv.org/abs/2302.05442): by RMSNorm with weights if that
-    # is the norm, otherwise by LayerNorm without weights
+    # normalize queries and keys (https://arxiv.org/abs/2302.05442): by RMSNorm with weights if
+    # norm is rmsnorm, otherwise by LayerNorm without weights
     qk_norm: bool = False
     attn_scale: float = 0.0  # scale of the products of queries and keys; 0: 1 / sqrt(head_dim)
     embed_norm: bool = False  # normalize the embeddings
@@ -487,8 +487,8 @@ def shard(model, process):
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalized updates (https://kellerjordan.github.io/posts/muon/).
 
-    Every row of an update is then scaled to the L2 norm lr: all outputs of a layer learn at the
-    same speed (Muon+, https://arxiv.org/abs/2602.21545).
+    Every row of an update is then scaled so that its L2 norm is lr: all outputs of a layer learn at
+    the same speed (Muon+, https://arxiv.org/abs/2602.21545).
 
     Unlike torch.optim.Muon, it multiplies matrices in `dtype`, orthogonalizes all matrices of one
     shape together, divides this work over the processes, and accepts sharded matrices.
@@ -545,8 +545,8 @@ def local(tensor):
     """Return the part of a tensor that this process holds."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
-# Coefficients (a, b, c) of a x + b x^3 + c x^5 in each step. They have the smallest largest error
-# |s - 1| of singular values s between 0.01 and 1 (Polar Express, https://arxiv.org/abs/2505.16932)
+# Coefficients (a, b, c) of a x + b x^3 + c x^5 in each step. For singular values s between 0.01 and
+# 1, they make the worst error |s - 1| smallest (Polar Express, https://arxiv.org/abs/2505.16932)
 POLAR_STEPS = [(8.093, -23.620, 17.446), (3.637, -2.722, 0.537), (2.661, -1.977, 0.453)]
 
 def orthogonalize(x):

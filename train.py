@@ -21,7 +21,7 @@ from configurator import Process, fail, one_line_errors, run_main, say, setup
 from data import checkpoints, runs
 from data.dataset import divide, open_dataset
 from data.tokenizers import tokenizer_from_dict
-from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, shard
+from model import ACTIVATIONS, GPT, NORMS, Dropout, GPTConfig, Muon, is_sharded, shard
 from sample import continue_text, pick_prompt
 
 import torch
@@ -33,7 +33,7 @@ from torch import nn
 # files
 out_dir = 'out'  # folder for checkpoints and metrics
 init_from = 'scratch'  # scratch | resume | auto (resume if saved) | gpt2 ... | DIR | OWNER/NAME
-ckpt = 'ckpt.pt'  # file in out_dir to resume; its settings apply unless given
+ckpt = 'ckpt.pt'  # file in out_dir to resume from, with its settings, unless you give others
 # evaluation and logging
 eval_interval = 250  # updates between evaluations (each also samples and saves)
 eval_iters = 200  # batches per split in an evaluation; 0 means all
@@ -47,10 +47,10 @@ wandb_project = 'quill'  # project there
 wandb_run_name = 'gpt'  # name of the run
 # data
 dataset = 'shakespeare_char'  # folder in data/
-gradient_accumulation_steps = 1  # micro-batches per update, in all processes
+gradient_accumulation_steps = 1  # micro-batches per update, those of all processes together
 batch_size = 64  # sequences in a micro-batch
 block_size = 256  # tokens in a sequence
-skip_batches = 0  # updates whose data is skipped since the start of the run; raise it past bad data
+skip_batches = 0  # updates whose data is skipped, in the whole run; raise it to pass bad data
 # model
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -91,9 +91,9 @@ grad_clip = 1.0  # largest gradient norm; 0 disables clipping
 # learning rate
 decay_lr = True  # False: constant learning rates, without warmup
 lr_schedule = 'cosine'  # shape of the decay
-warmup_iters = 100  # updates of linear warmup; the default is at most a tenth of the run
+warmup_iters = 100  # updates of linear warmup; unless given, at most a tenth of the run
 lr_decay_iters = 0  # update at which the decay ends; 0 means max_iters
-decay_frac = 0.4  # fraction of the run that decays, for lr_schedule=linear
+decay_frac = 0.4  # fraction of the run in which the rate decays; not for cosine
 min_lr = 1e-4  # final learning_rate; the other rates fall in proportion
 # machine
 seed = 1337  # for weights, batches, dropout and samples
@@ -152,7 +152,7 @@ SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SI
 def catch_signals(process):
     """Collect signals in a dict, with the time of each; a second Ctrl-C exits at once."""
     signals, before = {}, {}
-    # torchrun repeats the terminal's Ctrl-C, so within a second it is not a second one
+    # torchrun repeats a Ctrl-C of the terminal at once: this repetition does not count
     echo_s = 1 if process.world_size > 1 else 0
 
     def on_signal(number, frame):
@@ -166,7 +166,7 @@ def catch_signals(process):
 
     if threading.current_thread() is threading.main_thread():  # Python allows it there only
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does: leave it ignored
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup makes it ignored
                 before[number] = signal.signal(number, on_signal)
     try:
         yield signals
@@ -187,14 +187,14 @@ class Progress:
 
 def main(argv=None):
     """Train as argv says (by default the command line)."""
-    checkpoint = read_settings(argv)  # or the weights of another model, or None
+    checkpoint = read_settings(argv)  # None for a new model; of another model, weights only
     resuming = init_from == 'resume'
     progress = Progress(position=skip_batches * gradient_accumulation_steps * batch_size)
     if resuming:
         progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
     resumed_at = progress.iter_num if resuming else -1
     last_iter = min(max_iters, progress.iter_num + (train_iters or max_iters))
-    # False if a signal broke off the evaluation at this step
+    # False if a signal broke off an evaluation at this step, which is still to be done
     evaluated = resuming and checkpoint.get('evaluated', True)
     if is_over(progress, last_iter) and evaluated and not eval_only:
         return say(f'nothing to do: the run ended at step {resumed_at}, '
@@ -229,7 +229,8 @@ def main(argv=None):
         return process.close()
     windows = len(val_data.eval_starts(eval_iters * batch_size))
     evaluated_on = f'{meta["sha256"][:8]}-{val_data.n}-{windows}x{block_size}'
-    config = settings() | {'evaluated_on': evaluated_on}  # for bench.py
+    # bench.py compares the losses of runs that were evaluated on the same windows
+    config = settings() | {'evaluated_on': evaluated_on}
     metrics = runs.begin(config, resumed_at) if process.is_main else None
 
     with catch_signals(process) as signals:
@@ -246,8 +247,8 @@ def main(argv=None):
             # short one shows how it goes
             it, over = progress.iter_num, is_over(progress, last_iter)
             regular = it % eval_interval == 0 or over
-            silent = it % log_interval == 0 and process.any(t0 - evaluated_at > 300)
-            eval_due = (regular or silent) and not (it == resumed_at and evaluated)
+            overdue = it % log_interval == 0 and process.any(t0 - evaluated_at > 300)
+            eval_due = (regular or overdue) and not (it == resumed_at and evaluated)
 
             # once in a while: evaluate, sample, and save the best weights
             if eval_due:
@@ -267,7 +268,8 @@ def main(argv=None):
                            best_val_loss=min(progress.best_val_loss, val_loss),
                            bits_per_byte=val_data.bits_per_byte(val_loss),
                            train_seconds=progress.train_seconds)
-                process.print(f'step={it}/{last_iter} {words(row, 5)} ({n or "all"} batches)')
+                numbers = format_numbers(row, digits=5)
+                process.print(f'step={it}/{last_iter} {numbers} ({n or "all"} batches)')
                 if metrics and regular:
                     metrics.write(step=it, **row)
                     metrics.plot()
@@ -294,11 +296,11 @@ def main(argv=None):
                 break
 
             # update the weights
-            silent_s = progress.train_seconds - last_log.train_seconds
-            log_due = it == 0 or (it + 1) % log_interval == 0 or silent_s > 10
+            since_log_s = progress.train_seconds - last_log.train_seconds
+            log_due = it == 0 or (it + 1) % log_interval == 0 or since_log_s > 10
             batches = training_batches(learner, train_data, progress)
             schedule_step = it
-            if max_seconds:  # the schedule runs with the time, if that is faster
+            if max_seconds:  # whichever is nearer to its end: the updates or the time
                 schedule_step = max(it, max_iters * progress.train_seconds / max_seconds)
             factor = lr_factor(schedule_step)
             row, stop, bad = update(learner, batches, factor, signals, timed=log_due)
@@ -333,7 +335,7 @@ def main(argv=None):
         process.close()
         if not stop:
             process.print(f'done: val loss {val_loss:.4f}, best {progress.best_val_loss:.4f}, '
-                          f'after {hours(progress.train_seconds)} of training\n'
+                          f'after {format_time(progress.train_seconds)} of training\n'
                           f'to sample: python sample.py --out_dir={out_dir}')
         if stop or not is_over(progress, max_iters):
             process.print(f'stopped at step {it}, to go on: --out_dir={out_dir} --init_from=resume')
@@ -354,7 +356,8 @@ def settings():
 def read_settings(argv):
     """Set the settings; return the checkpoint or the weights that the run starts from, or None.
 
-    The order is: defaults, then the checkpoint's settings or the shape of the weights, then argv.
+    Defaults come first; the checkpoint's settings, or the model_args of the weights, override them;
+    argv overrides both.
     """
     given = configurator.read_arguments(__name__, argv)
     wanted = configurator.defaults_of(__name__) | given
@@ -447,10 +450,10 @@ def make_model(checkpoint, tokenizer, process):
         with checkpoints.usable(path):
             return checkpoints.load_model(checkpoint, dropout=dropout, block_size=block_size)
     config = model_config(tokenizer.vocab_size)
-    need_memory(config, process)
+    check_memory(config, process)
     return GPT(config)
 
-def need_memory(config, process):
+def check_memory(config, process):
     """Fail if weights, gradients and optimizer of this GPTConfig exceed the device's memory."""
     with torch.device('meta'):  # shapes without memory
         n = GPT(config).num_params(non_embedding=False)
@@ -472,7 +475,8 @@ class Learner:
     process: Process
     micro_batches: range  # this rank's micro-batches of an update
     rows: range  # this rank's sequences of a micro-batch
-    flat: torch.Tensor = None  # ddp, several ranks: all gradients, then loss and stop
+    # with ddp and several ranks: one vector of all gradients, then the loss, and whether to stop
+    flat_grads: torch.Tensor = None
 
 def make_learner(model, process):
     """Give all processes the same weights, or each a shard of them, and make the optimizers."""
@@ -496,8 +500,8 @@ def make_learner(model, process):
         # one all-reduce, instead of DistributedDataParallel, which regroups its buckets after the
         # first update: a resumed run would round differently
         sizes = [*(p.numel() for p in params), 2]
-        learner.flat = torch.zeros(sum(sizes), device=process.device)
-        for p, grad in zip(params, learner.flat.split(sizes)):
+        learner.flat_grads = torch.zeros(sum(sizes), device=process.device)
+        for p, grad in zip(params, learner.flat_grads.split(sizes)):
             p.grad = grad.view_as(p)
     return learner
 
@@ -547,7 +551,7 @@ def compile_forward(learner):
     with one_line_errors('cannot compile, use --compile=False: ', errors), process.autocast():
         # clone: one tensor passed twice would be compiled differently
         learner.forward(idx, idx.clone())[1].backward()
-    model.zero_grad(set_to_none=learner.flat is None)
+    model.zero_grad(set_to_none=learner.flat_grads is None)
     gc.collect()
     gc.freeze()  # torch's own objects stay: do not search them for garbage again
 
@@ -568,17 +572,18 @@ def update(learner, batches, factor, signals=(), timed=True):
 
     batches: this rank's micro-batches, each read while a GPU computes the previous one.
     factor: fraction of the peak learning rates. signals: not empty if this rank wants to stop.
-    timed: synchronize between forward and backward so that their times are accurate.
+    timed: synchronize between forward and backward so that their times are accurate. Ranks may
+    differ in it, because each has its own clock.
     row: a dict of what is logged. stop: whether any rank wants to stop. bad: 'loss' or 'gradient
     norm' if it is not finite, or ''; if something is bad, the weights have not changed.
     """
     process, scaler, params = learner.process, learner.scaler, learner.params
-    count, sharded = len(learner.micro_batches), checkpoints.is_sharded(params[0])
+    count, sharded = len(learner.micro_batches), is_sharded(params[0])
     # fsdp takes the mean over the ranks itself
     divisor = count if sharded else count * process.world_size
     sums = torch.zeros(2, device=process.device)  # loss, number of ranks that want to stop
-    if learner.flat is not None:
-        sums = learner.flat.zero_()[-2:]
+    if learner.flat_grads is not None:
+        sums = learner.flat_grads.zero_()[-2:]
     dtf = dtb = 0.0
     for i, (dropout_seed, idx, targets) in enumerate(batches):
         if sharded:  # sum gradients and free gathered blocks after the last micro-batch only
@@ -599,13 +604,13 @@ def update(learner, batches, factor, signals=(), timed=True):
     sums[1] = bool(signals)
     if sharded:
         sums = process.all_reduce(sums) / process.world_size
-    elif learner.flat is not None:
-        process.all_reduce(learner.flat)
+    elif learner.flat_grads is not None:
+        process.all_reduce(learner.flat_grads)
     for opt in learner.optimizers:
         scaler.unscale_(opt)
     norm = nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if sharded else norm
-    # the only host sync of an untimed update, before the optimizers' kernels are queued
+    # the only host sync of an untimed update; the host does not wait for the optimizers' work below
     loss, stop, norm_value = torch.stack([*sums, norm]).tolist()
     bad = '' if math.isfinite(norm_value) else 'gradient norm'
     bad = bad if math.isfinite(loss) else 'loss'
@@ -618,7 +623,7 @@ def update(learner, batches, factor, signals=(), timed=True):
             group['lr'] = group.get('peak_lr', opt.defaults['lr']) * factor
         if not bad:
             scaler.step(opt)
-        if learner.flat is None:
+        if learner.flat_grads is None:
             opt.zero_grad()
     scaler.update()
     row = {'loss': loss, 'norm': norm_value, 'lr': learning_rate * factor, 'dtf': dtf, 'dtb': dtb}
@@ -669,15 +674,15 @@ def speeds(dt, learner, peak):
 def log_line(step, row, world_size):
     """Return the log line of an update, as LEGEND explains it; row: its numbers."""
     names = [name for name in LOGGED if world_size > 1 or not name.endswith('per_gpu')]
-    numbers = words({name: row[name] for name in names}, digits=4)
-    return f'step={step} {numbers} eta={hours(row["eta"])}'
+    numbers = format_numbers({name: row[name] for name in names}, digits=4)
+    return f'step={step} {numbers} eta={format_time(row["eta"])}'
 
-def words(row, digits):
+def format_numbers(row, digits):
     """Return the numbers of row as `name=number`; None is left out."""
     return ' '.join(f'{name}={x:.{digits}g}' if x < 1000 else f'{name}={x:.0f}'
                     for name, x in row.items() if x is not None)
 
-def hours(seconds):
+def format_time(seconds):
     """Return a time as h:mm:ss."""
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
 

