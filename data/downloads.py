@@ -68,7 +68,7 @@ def fetch(url, part, sha256, end):
     try:
         with requests.get(url, stream=True, timeout=TIMEOUT, headers=wanted) as response:
             status, headers, body = response.status_code, response.headers, response.raw
-            if status == 416:  # the file is not longer than its part: begin anew
+            if status == 416 and start:  # the file is not longer than its part: begin anew
                 part.truncate(0)
                 return fetch(url, part, sha256, end)
             if status not in (200, 206):

@@ -228,8 +228,11 @@ def weight_paths(folder):
     path = os.path.join(folder, 'model.safetensors')
     if os.path.exists(path) or not os.path.exists(f'{path}.index.json'):
         return [path]
-    names = set(read_json(f'{path}.index.json')['weight_map'].values())
-    return [os.path.join(folder, os.path.basename(name)) for name in sorted(names)]
+    weight_map = read_json(f'{path}.index.json').get('weight_map')
+    if not isinstance(weight_map, dict):
+        raise ValueError(f'{path}.index.json has no weight_map: remove it and download it again')
+    names = sorted(set(weight_map.values()))
+    return [os.path.join(folder, os.path.basename(name)) for name in names]
 
 
 def read_safetensors(path):
@@ -288,7 +291,8 @@ def read_json(path, default=None):
         try:
             return dict(json.load(f))
         except (ValueError, TypeError):
-            raise ValueError(f'{path} is not a JSON object: download it again, or git lfs pull')
+            raise ValueError(f'{path} is not a JSON object: remove it and download it again, or '
+                             'run git lfs pull')
 
 
 # -----------------------------------------------------------------------------
@@ -303,7 +307,7 @@ def find_folder(source, weights):
         files = ['config.json']
     elif os.path.isdir(source):
         return source
-    elif not re.fullmatch(r'[\w.-]+/[\w.-]+', source):
+    elif not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source):
         raise ValueError(f'it must be {", ".join(GPT2_NAMES)}, OWNER/NAME on the Hugging Face hub, '
                          'or a folder with config.json and model.safetensors')
     folder, url = os.path.join(DATA_DIR, folder), f'{hub_address()}/{repository}/resolve/main'

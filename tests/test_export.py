@@ -460,8 +460,26 @@ def test_a_missing_model_is_told_with_all_files_at_once(hub, tmp_path, monkeypat
              'config.json, tokenizer.json, tokenizer_config.json, model.safetensors')):
         with pytest.raises(ValueError, match='HTTP status 404') as e:
             read_pretrained(name)
-        assert f'save {files} of {hub}/{repository}/resolve/main in {tmp_path}/data/{folder}, or ' \
+        assert f'{files} of {hub}/{repository}/resolve/main belong in {tmp_path}/data/{folder}: ' \
             in str(e.value)
+
+
+@pytest.mark.parametrize('name', ['../x', 'own/..', '.own/x', 'own/.x'])
+def test_a_path_is_not_taken_for_a_name_on_the_hub(hub, tmp_path, monkeypatch, name):  # noqa: F811
+    monkeypatch.setattr(huggingface, 'DATA_DIR', str(tmp_path / 'data'))
+    monkeypatch.setenv('HF_ENDPOINT', hub)
+    with pytest.raises(ValueError, match='it must be gpt2'):
+        read_pretrained(name)
+    assert not (tmp_path / 'data').exists()
+
+
+def test_an_index_of_another_kind_is_one_line(tmp_path):
+    save(random_model('Llama'), tmp_path / 'parts')
+    path = tmp_path / 'parts' / 'model.safetensors.index.json'
+    for content in ('{}', '{"weight_map": []}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match='has no weight_map: remove it'):
+            read_pretrained(str(tmp_path / 'parts'))
 
 
 def test_an_index_cannot_name_a_path_outside_its_folder(tmp_path):

@@ -51,7 +51,7 @@ def read_shards(names, tokenizer):
         most = VAL_TOKENS if split == 'val' else 10**9
         header = np.fromfile(path, '<i4', count=3).tolist()
         ids = np.fromfile(path, '<u2')[HEADER // 2:][:most]
-        if header[:2] != [20240520, 1] or len(ids) != min(header[2], most) \
+        if header[:2] != [20240520, 1] or not 0 < len(ids) == min(header[2], most) \
                 or ids.max() >= tokenizer.vocab_size:
             os.remove(path)
             fail(f'{path} was not a shard of tokens, so it is removed: run this again')

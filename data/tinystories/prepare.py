@@ -10,7 +10,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
-from configurator import one_line_errors, run_main
+from configurator import fail, one_line_errors, run_main
 from data.build import Texts, write_dataset
 from data.downloads import download, hub_address
 
@@ -30,6 +30,12 @@ def main():
     with one_line_errors(f'{base}train.txt belongs in {train}, {base}valid.txt in {val}: '):
         download(f'{base}train.txt', train, end=mb * 1_000_000)
         download(f'{base}valid.txt', val)
+    for path in (train, val):
+        with open(path, 'rb') as f:
+            found = SEPARATOR.encode() in f.read(1_000_000)
+        if not found:
+            os.remove(path)
+            fail(f'{path} began without a story, so it is removed: run this again')
     texts = Texts(train, val, separator=SEPARATOR)
     write_dataset(os.path.basename(FOLDER), texts, 'bpe', vocab_size=vocab_size, val_fraction=0,
                   val_paths=[val])
