@@ -55,7 +55,7 @@ def test_the_files_are_found():
 
 def test_the_product_keeps_its_budget_of_lines():
     # on its way to 4,600: this bound only ever goes down
-    assert sum(count_lines(name) for name in FILES if is_product(name)) <= 4899
+    assert sum(count_lines(name) for name in FILES if is_product(name)) <= 4837
 
 
 def test_the_readme_keeps_its_size():
