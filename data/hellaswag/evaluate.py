@@ -14,7 +14,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the project's folder
 from configurator import DTYPES, one_line_errors, run_main, setup
-from data.downloads import DownloadError, download
+from data.downloads import download
 from data.files import DATA_DIR
 from sample import load
 
@@ -51,7 +51,7 @@ def main():
 
 def read_questions(path):
     """Return the questions as dicts; download them to path unless they are there."""
-    with one_line_errors('no HellaSwag: ', DownloadError):
+    with one_line_errors('no HellaSwag: '):
         download(path=path, **HELLASWAG)
     with open(path, encoding='utf-8') as f:
         return [json.loads(line) for line in f]
